@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but python (>= 3.10) and make: they create .venv and install into it.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: help install demo test check base clean
+
+help:
+	@echo "make demo    learn a subject with CERSA, LoRA and full fine-tuning; picture and table in outputs/demo"
+	@echo "make test    the test suite"
+	@echo "make check   lint and formatting"
+	@echo "make base    rebuild the embedded models from openly licensed artwork (needs npm; long)"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --editable ".[score,base,test]"
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(RUN) scripts/demo.py
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+check: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+base: $(INSTALLED)
+	$(RUN) scripts/build_base.py
+
+clean:
+	rm -rf outputs build

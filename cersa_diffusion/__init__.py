@@ -1,0 +1,38 @@
+"""CERSA for diffusers: fine-tuning inside the principal subspace of every linear layer (arXiv 2605.08174).
+
+Importing this package gives `load_cersa_weights` and `unload_cersa_weights` to every diffusers pipeline.
+"""
+
+from importlib.util import find_spec
+
+from cersa_diffusion.adapter import load_adapter, save_adapter
+from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
+from cersa_diffusion.linear import CersaLinear
+
+# The core works without diffusers: other torch models, smaller installations.
+if find_spec("diffusers"):
+    from diffusers import DiffusionPipeline
+
+    from cersa_diffusion.pipelines import attach
+
+    attach(DiffusionPipeline)
+
+__all__ = [
+    "AdapterFormatError",
+    "BaseMismatchError",
+    "CersaConfig",
+    "CersaError",
+    "CersaLinear",
+    "ConfigError",
+    "InjectionReport",
+    "NonFiniteError",
+    "inject_cersa",
+    "load_adapter",
+    "merge",
+    "restore_base",
+    "save_adapter",
+    "trainable_parameters",
+]
+__version__ = "0.1.0"

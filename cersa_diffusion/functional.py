@@ -1,0 +1,122 @@
+"""The mathematics of CERSA on tensors: spectrum, rank for an energy share, forward pass, basis-free storage of a core.
+
+Notation: a frozen ``W`` (m x n) is cut to ``U`` (m x k), ``s`` (k) and ``Vh`` (k x n), the leading singular triplets; the
+trainable core ``D`` (r x r, r <= k) changes the weight by ``dW = U[:, :r] D Vh[:r]``.
+"""
+
+from typing import NamedTuple
+
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Decomposition(NamedTuple):
+    """Singular value decomposition ``W = U diag(s) Vh``, values descending."""
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+
+
+def decompose(weight: Tensor) -> Decomposition:
+    """Thin singular value decomposition in float64.
+
+    Args:
+        weight: (m, n) matrix of any floating dtype; pass it as the checkpoint stores it, not cast down for compute.
+
+    Returns:
+        float64 factors of shapes (m, p), (p,) and (p, n), with p = min(m, n), on the weight's device.
+    """
+    return Decomposition(*torch.linalg.svd(weight.detach().double(), full_matrices=False))
+
+
+def energy_rank(singular_values: Tensor, share: float) -> int:
+    """Smallest k whose leading values hold at least `share` of the squared-singular-value energy (CERSA, Eq. 2).
+
+    Args:
+        singular_values: (p,) non-negative, descending.
+        share: alpha or beta, in (0, 1].
+
+    Returns:
+        k in 1..p; 1 for a matrix of zeros, which has no energy to divide.
+    """
+    energy = singular_values.double().square().cumsum(0)
+    if energy[-1] == 0:
+        return 1
+    # Divided, not multiplied: a share that is hit exactly (.9 of 9 + 1) then compares equal in floating point.
+    return int((energy / energy[-1] < share).sum()) + 1
+
+
+def cersa_linear(x: Tensor, U: Tensor, s: Tensor, Vh: Tensor, core: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``y = U (s * h + pad(D h[:r])) + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
+
+    Three thin products under plain autograd: with frozen factors only `h` (tokens x k) is saved for the backward pass.
+
+    Args:
+        x: (..., n) input.
+        U: (m, k), Vh: (k, n): frozen bases in the compute dtype.
+        s: (k,) float32 singular values.
+        core: (r, r) change of the core in any floating dtype, or None for the truncated layer.
+        bias: (m,) or None.
+
+    Returns:
+        (..., m) output, dtype as `torch.nn.functional.linear` gives it for the bases (autocast included).
+    """
+    h = F.linear(x, Vh)
+    scaled = (h * s).to(h.dtype)
+    if core is not None:
+        rank = core.shape[0]
+        change = F.linear(h[..., :rank], core.to(h.dtype))
+        scaled = scaled + F.pad(change, (0, h.shape[-1] - rank))
+    return F.linear(scaled, U, bias)
+
+
+def pivot_rows(basis: Tensor) -> Tensor:
+    """The r rows that span the basis best: pivoted QR of its transpose.
+
+    Args:
+        basis: (m, r) with independent columns, r <= m.
+
+    Returns:
+        (r,) int64 row indices, in the order in which QR picks them, on the CPU.
+    """
+    _, order = scipy.linalg.qr(basis.detach().double().cpu().numpy().T, mode="r", pivoting=True, check_finite=False)
+    return torch.from_numpy(order[: basis.shape[1]]).long()
+
+
+def core_to_block(core: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The block ``dW[rows, columns]`` of the weight change, which does not depend on the choice of singular vectors.
+
+    Args:
+        core: (r, r); U: (m, >= r); Vh: (>= r, n); rows, columns: (r,) indices into m and n.
+
+    Returns:
+        (r, r) float64 block.
+    """
+    rank = core.shape[0]
+    left, right = _pivot_factors(U, Vh, rows, columns, rank)
+    return left @ core.detach().double() @ right
+
+
+def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The core whose weight change has the given block: ``D = U[rows]^-1 M Vh[:, columns]^-1``.
+
+    Args:
+        block: (r, r); U: (m, >= r); Vh: (>= r, n); rows, columns: (r,) indices into m and n.
+
+    Returns:
+        (r, r) float64 core in the coordinates of the given bases.
+
+    Raises:
+        torch.linalg.LinAlgError: the chosen rows or columns of these bases are dependent.
+    """
+    left, right = _pivot_factors(U, Vh, rows, columns, block.shape[0])
+    halfway = torch.linalg.solve(left, block.double())
+    return torch.linalg.solve(right, halfway, left=False)
+
+
+def _pivot_factors(U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    rows, columns = rows.to(U.device), columns.to(Vh.device)
+    return U[rows, :rank].double(), Vh[:rank, columns].double()
