@@ -1,0 +1,25 @@
+"""Ctrl-C and SIGTERM end a run at the next step boundary, where a checkpoint can be written."""
+
+import signal
+
+
+class StopRequest:
+    """A context in which the first SIGINT or SIGTERM is noted instead of raised; a second one is raised at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
