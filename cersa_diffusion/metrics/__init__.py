@@ -1,0 +1,1 @@
+"""Scores for pictures: CLIPScore by two libraries, similarity to reference pictures."""
