@@ -20,7 +20,7 @@ from torch import Tensor
 from cersa_diffusion.errors import AdapterFormatError, NonFiniteError
 
 DEFAULT_FILE_NAME = "pytorch_cersa_weights.safetensors"
-FORMAT_NAME = "cersa"
+HEADER_ENTRY = "cersa"
 FORMAT_VERSION = 1
 
 
@@ -89,19 +89,20 @@ def write_adapter_file(adapter: AdapterFile, path: str | os.PathLike) -> None:
         tensors[f"{name}.rows"] = layer.rows.to(torch.int32).contiguous().cpu()
         tensors[f"{name}.cols"] = layer.columns.to(torch.int32).contiguous().cpu()
     header = {
-        "format": FORMAT_NAME,
-        "format_version": str(FORMAT_VERSION),
-        "layers": json.dumps({name: layer.facts() for name, layer in adapter.layers.items()}, sort_keys=True),
-        "config": json.dumps(adapter.config, sort_keys=True),
-        "base_model": json.dumps(adapter.base_model, sort_keys=True),
-        "training": json.dumps(adapter.training, sort_keys=True),
+        "format_version": FORMAT_VERSION,
+        "layers": {name: layer.facts() for name, layer in adapter.layers.items()},
+        "config": adapter.config,
+        "base_model": adapter.base_model,
+        "training": adapter.training,
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        # One metadata entry: safetensors writes several in random order, and the same adapter should be the same bytes.
+        content = save(tensors, metadata={HEADER_ENTRY: json.dumps(header, sort_keys=True)})
         # Plain open() follows the umask; safetensors' own save_file would make the file private.
-        temporary.write_bytes(save(tensors, metadata=header))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -119,33 +120,32 @@ def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
         raise AdapterFormatError(f"{path}: no such file, expected a CERSA adapter (usually {DEFAULT_FILE_NAME})")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path}: not a readable safetensors file ({error}): copy or download it again") from error
     try:
-        return _parse(header, tensors)
+        return _parse(metadata, tensors)
     except NonFiniteError as error:
         raise NonFiniteError(f"{path}: {error}") from error
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{path}: {error}") from error
 
 
-def _parse(header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
-    if header.get("format") != FORMAT_NAME:
+def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
+    if HEADER_ENTRY not in metadata:
         raise AdapterFormatError("not a CERSA adapter (LoRA files are loaded by pipe.load_lora_weights)")
-    if header.get("format_version") != str(FORMAT_VERSION):
-        raise AdapterFormatError(
-            f"format version {header.get('format_version')!r}, this release reads {FORMAT_VERSION}: update cersa-diffusion"
-        )
-    parts = {}
-    for name in ("layers", "config", "base_model", "training"):
-        try:
-            parts[name] = json.loads(header[name])
-        except (KeyError, ValueError, RecursionError) as error:
-            raise AdapterFormatError(f"header entry {name!r} is missing or damaged") from error
-        if not isinstance(parts[name], dict):
-            raise AdapterFormatError(f"header entry {name!r} is no JSON object")
+    try:
+        header = json.loads(metadata[HEADER_ENTRY])
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError("the header is damaged: it is not JSON") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        found = header.get("format_version") if isinstance(header, dict) else None
+        raise AdapterFormatError(f"format version {found!r}, this release reads {FORMAT_VERSION}: update cersa-diffusion")
+    parts = {name: header.get(name) for name in ("layers", "config", "base_model", "training")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise AdapterFormatError(f"header entry {name!r} is missing or no JSON object")
     facts = parts.pop("layers")
     expected = {f"{name}.{kind}" for name in facts for kind in ("block", "rows", "cols")}
     if not facts or expected != set(tensors):

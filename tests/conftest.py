@@ -1,0 +1,92 @@
+"""What the tests share: the embedded models, small trained models, and starting the real command line."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cersa_diffusion as cersa
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-slow"):
+        skip = pytest.mark.skip(reason="slow: add --run-slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def base_path() -> Path:
+    return REPOSITORY / "assets" / "emoji-base"
+
+
+@pytest.fixture(scope="session")
+def clip_path() -> Path:
+    return REPOSITORY / "assets" / "emoji-clip"
+
+
+@pytest.fixture(scope="session")
+def subject_path() -> Path:
+    return REPOSITORY / "assets" / "subjects" / "fluent-cat"
+
+
+@pytest.fixture(scope="session")
+def subject(subject_path) -> dict:
+    return json.loads((subject_path / "subject.json").read_text())
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """A small network whose weights have decaying spectra, as trained weights do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 40), nn.GELU(), nn.Linear(40, 64, bias=False), nn.GELU(), nn.Linear(64, 24))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            U, s, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+            layer.weight = nn.Parameter((U * s * torch.logspace(0, -1.5, len(s))) @ Vh)
+    return model
+
+
+def train(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) -> None:
+    """Trains whatever is trainable on a fixed random regression."""
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(64, 48), torch.randn(64, 24)
+    optimizer = torch.optim.AdamW(cersa.trainable_parameters(model), learning_rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.fixture
+def trained(network) -> tuple[nn.Module, nn.Module]:
+    """(the untouched network, the same network injected and trained)."""
+    model = copy.deepcopy(network)
+    cersa.inject_cersa(model, cersa.CersaConfig(alpha=0.9), show_progress=False)
+    train(model)
+    return network, model
+
+
+def run_script(*arguments: str | Path, launch: bool = False) -> subprocess.CompletedProcess:
+    """Runs a script of the repository as a user would, through `accelerate launch` if asked."""
+    command = [sys.executable]
+    if launch:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = os.environ | {"TQDM_MININTERVAL": "5"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
+    )

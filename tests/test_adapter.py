@@ -1,0 +1,207 @@
+"""Adapter files after training: the same weight change in other coordinates and dtypes, or a reason."""
+
+import copy
+import json
+import os
+import stat
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import cersa_diffusion as cersa
+from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaLinear, ConfigError, NonFiniteError
+from cersa_diffusion.functional import Decomposition, decompose
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """(untouched network, trained network, adapter file)."""
+    path = tmp_path / "adapter.safetensors"
+    cersa.save_adapter(trained[1], path)
+    return *trained, path
+
+
+def change_errors(model: nn.Module, expected: nn.Module) -> list[float]:
+    """Relative Frobenius error of every layer's weight change."""
+    errors = []
+    for name, layer in expected.named_modules():
+        if isinstance(layer, CersaLinear):
+            change = layer.weight_change()
+            errors.append(float((model.get_submodule(name).weight_change() - change).norm() / change.norm()))
+    assert errors
+    return errors
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.005), (torch.float16, 0.01), (torch.bfloat16, 0.04)])
+def test_weight_change_survives_a_base_of_another_dtype(adapter, dtype, limit):
+    base, model, path = adapter
+    base.to(dtype)
+    cersa.load_adapter(base, path, show_progress=False)
+    assert base[0].U.dtype == dtype
+    assert max(change_errors(base, model)) <= limit
+
+
+def test_weight_change_survives_other_singular_vectors(adapter, monkeypatch):
+    base, model, path = adapter
+
+    def other_solver(weight):
+        U, s, Vh = decompose(weight)
+        signs = torch.where(torch.arange(len(s)) % 3 == 0, -1.0, 1.0).double()
+        return Decomposition(U * signs, s, signs[:, None] * Vh)
+
+    monkeypatch.setattr("cersa_diffusion.adapter.decompose", other_solver)
+    cersa.load_adapter(base, path, show_progress=False)
+    assert not torch.allclose(base[0].cores["default"], model[0].cores["default"])
+    assert max(change_errors(base, model)) <= 0.005
+
+
+def test_float32_storage_is_exact_to_rounding(trained, tmp_path):
+    base, model = trained
+    cersa.save_adapter(model, tmp_path / "a.safetensors", dtype=torch.float32)
+    cersa.load_adapter(base, tmp_path / "a.safetensors", show_progress=False)
+    assert max(change_errors(base, model)) <= 1e-5
+
+
+def test_tiny_changes_do_not_drown_in_sixteen_bits(trained, tmp_path):
+    base, model = trained
+    for layer in (model[0], model[2], model[4]):
+        layer.cores["default"].data.mul_(1e-7)
+    cersa.save_adapter(model, tmp_path / "a.safetensors")
+    cersa.load_adapter(base, tmp_path / "a.safetensors", show_progress=False)
+    assert max(change_errors(base, model)) <= 0.005
+
+
+def test_strength_scales_and_zero_is_the_truncated_base(adapter):
+    base, model, path = adapter
+    half, none = copy.deepcopy(base), copy.deepcopy(base)
+    cersa.load_adapter(half, path, strength=0.5, show_progress=False)
+    cersa.load_adapter(none, path, strength=0.0, show_progress=False)
+    torch.testing.assert_close(half[2].weight_change() * 2, model[2].weight_change(), rtol=0.02, atol=1e-4)
+    assert torch.equal(none[2].weight_change(), torch.zeros(64, 40, dtype=torch.float64))
+
+
+def test_two_adapters_add_up_in_one_model(adapter):
+    base, model, path = adapter
+    cersa.load_adapter(base, path, adapter_name="a", show_progress=False)
+    cersa.load_adapter(base, path, adapter_name="b", strength=-0.25, show_progress=False)
+    torch.testing.assert_close(base[0].weight_change(), 0.75 * model[0].weight_change(), rtol=0.02, atol=1e-4)
+    with pytest.raises(ConfigError, match="'b' is already loaded"):
+        cersa.load_adapter(base, path, adapter_name="b", show_progress=False)
+
+
+def test_another_base_is_named_and_not_touched(adapter):
+    base, _, path = adapter
+    other = copy.deepcopy(base)
+    torch.manual_seed(7)
+    other[2].weight.data.copy_(torch.randn_like(other[2].weight))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(BaseMismatchError, match=r"1 of 3 layers differ.*model\.2"):
+        cersa.load_adapter(other, path, show_progress=False)
+    with pytest.raises(BaseMismatchError, match=r"model\.4"):
+        cersa.load_adapter(nn.Sequential(*base[:4], nn.Linear(64, 8)), path, show_progress=False)
+    with pytest.raises(BaseMismatchError, match="no such linear layer"):
+        cersa.load_adapter(nn.Sequential(*base[:3]), path, show_progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_header_carries_settings_and_facts(trained, tmp_path):
+    path = tmp_path / "a.safetensors"
+    cersa.save_adapter(trained[1], path, config={"model": {"alpha": 0.9}}, base_model={"name_or_path": "x"}, training={"seed": 3})
+    header = read_header(path)
+    assert header["training"] == {"seed": 3} and header["base_model"] == {"name_or_path": "x"}
+    layers = header["layers"]
+    assert layers["model.0"]["m"] == 40 and layers["model.0"]["k"] == trained[1][0].kept_rank
+    assert header["config"] == {"model": {"alpha": 0.9}}
+
+
+def test_file_follows_the_umask_and_saving_twice_gives_the_same_bytes(trained, tmp_path):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    umask = os.umask(0o022)
+    try:
+        cersa.save_adapter(trained[1], first)
+        cersa.save_adapter(trained[1], second)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(first.stat().st_mode) == 0o644
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def test_diverged_adapter_is_not_written_over_a_good_one(adapter):
+    _, model, path = adapter
+    good = path.read_bytes()
+    model[2].cores["default"].data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.2"):
+        cersa.save_adapter(model, path)
+    assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
+
+
+def read_header(path) -> dict:
+    with safetensors.safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["cersa"])
+
+
+def damage_truncate(tensors, header, path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_metadata(metadata):
+    def damage(tensors, header, path):
+        save_file(tensors, path, metadata=metadata)
+
+    return damage
+
+
+def damage_header(entry, value):
+    def damage(tensors, header, path):
+        save_file(tensors, path, metadata={"cersa": json.dumps(header | {entry: value})})
+
+    return damage
+
+
+def damage_tensors(change):
+    def damage(tensors, header, path):
+        change(tensors)
+        save_file(tensors, path, metadata={"cersa": json.dumps(header)})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "not a readable safetensors file"),
+        (damage_metadata({"lora_adapter_metadata": "{}"}), "not a CERSA adapter"),
+        (damage_metadata({"cersa": "{"}), "not JSON"),
+        (damage_metadata({"cersa": "[" * 100_000}), "not JSON"),
+        (damage_metadata({"cersa": "[]"}), "update cersa-diffusion"),
+        (damage_header("format_version", 99), "update cersa-diffusion"),
+        (damage_header("training", []), "'training' is missing or no JSON object"),
+        (damage_header("layers", {"model.0": {"m": 1}}), "tensors do not fit the header"),
+        (damage_header("layers", {"model.0": 1, "model.2": 1, "model.4": 1}), "damaged description"),
+        (damage_tensors(lambda t: t.pop("model.2.rows")), r"missing \['model\.2\.rows'\]"),
+        (damage_tensors(lambda t: t.update(extra=torch.zeros(1))), r"unexpected \['extra'\]"),
+        (damage_tensors(lambda t: t["model.2.rows"].fill_(3)), "rows are not"),
+        (damage_tensors(lambda t: t["model.2.cols"].add_(10_000)), "cols are not"),
+        (damage_tensors(lambda t: t.update({"model.2.block": t["model.2.block"][:2]})), "expected rank"),
+        (damage_tensors(lambda t: t["model.2.block"].fill_(torch.inf)), "NaN or infinity"),
+    ],
+)
+def test_damaged_files_are_refused_before_the_model_is_touched(adapter, damage, message):
+    base, _, path = adapter
+    damage(load_file(path), read_header(path), path)
+    with pytest.raises((AdapterFormatError, NonFiniteError), match=message) as caught:
+        cersa.load_adapter(base, path, show_progress=False)
+    assert path.name in str(caught.value)
+    assert not any(isinstance(module, CersaLinear) for module in base.modules())
+
+
+def test_a_missing_file_and_an_adapter_that_is_not_there(network, tmp_path):
+    with pytest.raises(AdapterFormatError, match="no such file"):
+        cersa.load_adapter(network, tmp_path / "nothing.safetensors")
+    with pytest.raises(ConfigError, match="inject or load it first"):
+        cersa.save_adapter(network, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,118 @@
+"""Injection into whole models: which layers, all or nothing, and the ways back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cersa_diffusion as cersa
+from cersa_diffusion import CersaConfig, CersaLinear, ConfigError, NonFiniteError
+
+from .conftest import train
+
+
+def test_only_cores_train_and_frozen_factors_do_not_move(network):
+    cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
+    frozen = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    biases = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {f"{i}.cores.default" for i in (0, 2, 4)}
+    train(network)
+    assert all(torch.equal(buffer, frozen[name]) for name, buffer in network.named_buffers())
+    assert all(torch.equal(network.get_parameter(name), bias) for name, bias in biases.items())
+
+
+def test_report_counts_what_is_there(network):
+    report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, beta=0.6), show_progress=False)
+    layers = [module for module in network.modules() if isinstance(module, CersaLinear)]
+    assert [row.kept_rank for row in report.layers] == [layer.kept_rank for layer in layers]
+    assert report.trainable_parameters == sum(p.numel() for p in cersa.trainable_parameters(network))
+    assert report.frozen_parameters == sum(buffer.numel() for buffer in network.buffers())
+    assert all(row.kept_energy >= 0.9 and row.core_rank < row.kept_rank for row in report.layers)
+
+
+def test_alpha_one_leaves_the_output(network):
+    x = torch.randn(8, 48)
+    expected = network(x)
+    cersa.inject_cersa(network, CersaConfig(alpha=1.0), show_progress=False)
+    torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "expected"),
+    [("all-linear", None, "024"), (["2"], None, "2"), (r"[02]", None, "02"), ("all-linear", ["0", "4"], "2")],
+)
+def test_targets(network, targets, excluded, expected):
+    config = CersaConfig(target_modules=targets, exclude_modules=excluded)
+    report = cersa.inject_cersa(network, config, show_progress=False)
+    assert [row.name for row in report.layers] == list(expected)
+
+
+def test_targets_that_match_nothing_list_what_could_have(network):
+    with pytest.raises(ConfigError, match=r"to_q.*end in \['0', '2', '4'\]"):
+        cersa.inject_cersa(network, CersaConfig(target_modules=["to_q"]), show_progress=False)
+
+
+def test_injecting_twice_is_refused(network):
+    cersa.inject_cersa(network, CersaConfig(), show_progress=False)
+    with pytest.raises(ConfigError, match="3 layers are CERSA layers already"):
+        cersa.inject_cersa(network, CersaConfig(), show_progress=False)
+
+
+def test_a_damaged_weight_names_its_layer_and_leaves_the_model(network):
+    network[4].weight.data[0, 0] = torch.nan
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(NonFiniteError, match="layer 4"):
+        cersa.inject_cersa(network, CersaConfig(), show_progress=False)
+    assert not any(isinstance(module, CersaLinear) for module in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) or "4.weight" in name for name, tensor in network.state_dict().items())
+
+
+def test_shared_and_meta_weights_are_refused():
+    tied = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(ConfigError, match=r"head shares its weight.*embedding\.weight"):
+        cersa.inject_cersa(tied, CersaConfig(), show_progress=False)
+    with pytest.raises(ConfigError, match="meta device"):
+        cersa.inject_cersa(nn.Sequential(nn.Linear(3, 3, device="meta")), CersaConfig(), show_progress=False)
+
+
+def test_zero_and_rank_deficient_weights(network):
+    network[0].weight.data.zero_()
+    network[2].weight.data[:, 1:] = 0
+    expected = network(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+    report = cersa.inject_cersa(network, CersaConfig(alpha=1.0), show_progress=False)
+    assert [row.kept_rank for row in report.layers][:2] == [1, 1]
+    actual = network(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_gives_plain_layers_with_the_same_output(trained):
+    _, model = trained
+    x = torch.randn(8, 48)
+    expected = model(x)
+    cersa.merge(model)
+    assert {type(module) for module in model if not isinstance(module, nn.GELU)} == {nn.Linear}
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_restore_base_is_bit_for_bit(network):
+    before = copy.deepcopy(network)
+    cersa.inject_cersa(network, CersaConfig(alpha=0.5), keep_base=True, show_progress=False)
+    train(network)
+    cersa.restore_base(network)
+    assert str(network) == str(before)
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in before.state_dict().items())
+
+
+def test_restore_base_without_the_base_says_so(trained):
+    with pytest.raises(ConfigError, match="keep_base=True"):
+        cersa.restore_base(trained[1])
+    assert isinstance(trained[1][0], CersaLinear)
+
+
+def test_attention_that_reads_its_own_weight_is_left_alone():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    report = cersa.inject_cersa(model, CersaConfig(), show_progress=False)
+    assert [row.name for row in report.layers] == ["linear1", "linear2"]
