@@ -1,0 +1,87 @@
+"""Results side by side: the same prompts and seeds for every model, as one picture and one table."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 46
+
+
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 4.0,
+    batch_size: int = 16,
+) -> list[list[Image.Image]]:
+    """Pictures of every prompt with every seed: ``result[prompt][seed]``.
+
+    Every picture starts from its own seed's noise, drawn on the CPU, so that models get the same starting points.
+
+    Args:
+        pipeline: the model.
+        prompts: the prompts.
+        seeds: the seeds.
+        steps: denoising steps of the pipeline's scheduler.
+        guidance: classifier-free guidance scale.
+        batch_size: pictures at once.
+    """
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    pictures = []
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        texts = [prompt for prompt, _ in batch]
+        pictures += pipeline(texts, generator=generators, num_inference_steps=steps, guidance_scale=guidance).images
+    return [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
+
+
+def picture_grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
+    """Labelled rows of pictures under column titles.
+
+    Args:
+        rows: label -> pictures, as many as there are titles; a label may have several lines.
+        titles: column titles, wrapped to the width of a picture.
+    """
+    pitch = CELL + MARGIN
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(titles) * pitch, TITLE_HEIGHT + len(rows) * pitch), "white")
+    draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(11), ImageFont.load_default(14)
+    for column, title in enumerate(titles):
+        x = LABEL_WIDTH + column * pitch + CELL // 2
+        draw.multiline_text((x, TITLE_HEIGHT - 6), _wrapped(title, small, CELL), "black", small, anchor="md", align="center")
+    for number, (label, pictures) in enumerate(rows.items()):
+        y = TITLE_HEIGHT + number * pitch
+        draw.multiline_text((10, y + CELL // 2), label, "black", large, anchor="lm")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (LABEL_WIDTH + column * pitch, y))
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub-flavoured table; the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return (
+            "| "
+            + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+            + " |"
+        )
+
+    rule = "|" + "|".join(("-" * (w + 2)) if i == 0 else ("-" * (w + 1) + ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])

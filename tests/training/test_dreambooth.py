@@ -1,0 +1,172 @@
+"""The trainer on the embedded base, from Python: what it saves, resumes and leaves alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from cersa_diffusion import CersaError, CersaLinear, ConfigError
+from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
+from cersa_diffusion.training.base import load_base
+from cersa_diffusion.training.checkpoints import list_checkpoints
+from cersa_diffusion.training.data import picture_paths
+from cersa_diffusion.training.dreambooth import DreamBoothRun
+
+RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
+
+
+@pytest.fixture
+def settings(base_path, subject_path, subject, tmp_path) -> dict:
+    return {
+        "pretrained_model_name_or_path": str(base_path),
+        "instance_data_dir": str(subject_path / "instance"),
+        "instance_prompt": subject["instance_prompt"],
+        "output_dir": str(tmp_path / "run"),
+        "resolution": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+    }
+
+
+def output_of(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    with torch.no_grad():
+        return model(latents, torch.tensor([10, 500]), states).sample
+
+
+def states_of(pipeline) -> torch.Tensor:
+    tokens = pipeline.tokenizer(["a fox", "a sks cat"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipeline.text_encoder(tokens)[0]
+
+
+@pytest.mark.parametrize(("method", "limit"), [("cersa", 5e-3), ("lora", 1e-5), ("full", 1e-6)])
+def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_path):
+    """The stock loaders for LoRA and full fine-tuning, ours for CERSA (stored in 16 bit)."""
+    config = DreamBoothConfig(**settings, method=method, learning_rate=RATES[method], rank=8)
+    base = load_base(config.pretrained_model_name_or_path)
+    untouched = load_base(config.pretrained_model_name_or_path)
+    run = DreamBoothRun(config, base, Accelerator())
+    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    result = run.save(tmp_path)
+    opened = load_result(method, Path(result.weights_path), config.pretrained_model_name_or_path)
+
+    trained_states, opened_states, base_states = states_of(base), states_of(opened), states_of(untouched)
+    states_change = (trained_states - base_states).norm()
+    assert (opened_states - trained_states).norm() <= limit * trained_states.norm()
+    trained, again, before = (output_of(pipeline.unet, trained_states) for pipeline in (base, opened, untouched))
+    assert (again - trained).norm() <= limit * trained.norm()
+    # The bound means something only if training changed much more than it allows.
+    assert (trained - before).norm() > 5 * limit * trained.norm() and states_change > 5 * limit * trained_states.norm()
+
+
+def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_path):
+    config = DreamBoothConfig(**settings)
+    base = load_base(config.pretrained_model_name_or_path)
+    run = DreamBoothRun(config, base, Accelerator())
+    names = {n for model in run.components.values() for n, p in model.named_parameters() if p.requires_grad}
+    assert names and all(name.endswith(".cores.default") for name in names)
+    frozen = {
+        f"{part}.{name}": tensor.detach().clone()
+        for part in ("unet", "text_encoder", "vae")
+        for name, tensor in (*getattr(base, part).named_buffers(), *getattr(base, part).named_parameters())
+        if not tensor.requires_grad
+    }
+    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    for key, before in frozen.items():
+        part, _, name = key.partition(".")
+        now = dict((*getattr(base, part).named_buffers(), *getattr(base, part).named_parameters()))[name]
+        assert torch.equal(now, before), key
+    assert all(
+        layer.cores["default"].abs().max() > 0
+        for model in run.components.values()
+        for layer in model.modules()
+        if isinstance(layer, CersaLinear)
+    )
+
+
+@pytest.mark.parametrize("method", ["cersa", "lora", "full"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(settings, method, tmp_path):
+    settings |= {"method": method, "rank": 4, "checkpointing_steps": 2, "lr_scheduler": "linear", "random_flip": True}
+    whole = train_dreambooth(DreamBoothConfig(**settings))
+    # The same run, cut off after step 2: its later checkpoint and its result are gone.
+    cut = tmp_path / "cut"
+    shutil.copytree(settings["output_dir"], cut)
+    shutil.rmtree(cut / "checkpoint-4")
+    (cut / "result.json").unlink()
+    settings["output_dir"] = str(cut)
+    resumed = train_dreambooth(DreamBoothConfig(**settings, resume_from_checkpoint="latest"))
+    for first, second in zip(weights_of(whole), weights_of(resumed), strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def weights_of(result) -> list[dict[str, torch.Tensor]]:
+    path = Path(result.weights_path)
+    files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
+    return [load_file(file) for file in files]
+
+
+def test_checkpoints_are_limited_and_a_finished_run_goes_on(settings):
+    settings |= {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "rank": 4, "method": "lora"}
+    train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 6}))
+    output = Path(settings["output_dir"])
+    assert [step for step, _ in list_checkpoints(output)] == [4, 6]
+    train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 8}, resume_from_checkpoint="latest"))
+    assert [step for step, _ in list_checkpoints(output)] == [6, 8]
+
+
+def test_another_run_in_the_folder_is_not_overwritten(settings):
+    settings |= {"method": "lora", "rank": 4, "max_train_steps": 2, "checkpointing_steps": 1}
+    result = train_dreambooth(DreamBoothConfig(**settings))
+    before = Path(result.weights_path).read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train_dreambooth(DreamBoothConfig(**settings))
+    with pytest.raises(ConfigError, match="other settings of rank"):
+        train_dreambooth(DreamBoothConfig(**settings | {"rank": 8, "max_train_steps": 4}, resume_from_checkpoint="latest"))
+    with pytest.raises(ConfigError, match="raise it to train longer"):
+        train_dreambooth(DreamBoothConfig(**settings, resume_from_checkpoint="latest"))
+    assert Path(result.weights_path).read_bytes() == before
+
+
+def test_a_checkpoint_in_other_coordinates_is_refused(settings):
+    settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
+    train_dreambooth(DreamBoothConfig(**settings))
+    _, folder = list_checkpoints(Path(settings["output_dir"]))[-1]
+    progress = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").write_text(json.dumps(progress | {"bases": "0" * 64}))
+    with pytest.raises(CersaError, match="singular vectors came out differently"):
+        train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 3}, resume_from_checkpoint="latest"))
+
+
+def test_prior_preservation_fills_the_class_folder_and_reuses_it(settings, tmp_path):
+    settings |= {
+        "with_prior_preservation": True,
+        "class_data_dir": str(tmp_path / "class"),
+        "class_prompt": "a 3d emoji of a cat",
+        "num_class_images": 3,
+        "max_train_steps": 1,
+    }
+    train_dreambooth(DreamBoothConfig(**settings))
+    paths = picture_paths(tmp_path / "class", "class_data_dir")
+    before = [path.read_bytes() for path in paths]
+    assert len(paths) == 3 and len(set(before)) == 3
+    train_dreambooth(DreamBoothConfig(**settings | {"output_dir": str(tmp_path / "again"), "num_class_images": 4}))
+    paths = picture_paths(tmp_path / "class", "class_data_dir")
+    assert len(paths) == 4 and [path.read_bytes() for path in paths[:3]] == before
+
+
+def test_bf16_keeps_cores_and_optimizer_in_float32(settings, tmp_path):
+    config = DreamBoothConfig(**settings, mixed_precision="bf16")
+    base = load_base(config.pretrained_model_name_or_path)
+    run = DreamBoothRun(config, base, Accelerator(mixed_precision="bf16"))
+    layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert layer.U.dtype == torch.bfloat16 and layer.s.dtype == layer.cores["default"].dtype == torch.float32
+    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    moments = [t for state in run.optimizer.state.values() for t in state.values() if t.ndim == 2]
+    assert moments and all(moment.dtype == torch.float32 for moment in moments)
