@@ -17,7 +17,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --editable ".[score,base,test]"
+	$(RUN) -m pip install --editable ".[score,test]"
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)
@@ -31,6 +31,7 @@ check: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 
 base: $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable ".[base]"
 	$(RUN) scripts/build_base.py
 
 clean:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from cersa_diffusion.adapter_file import AdapterFile, StoredLayer, read_adapter_file, write_adapter_file
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.functional import block_to_core, core_to_block, decompose, pivot_rows
-from cersa_diffusion.inject import cersa_layers, check_layers, replace_module
+from cersa_diffusion.inject import cersa_layers, check_layers, replace_module, replacement
 from cersa_diffusion.linear import CersaLinear
 
 # How many singular values of the base weight a file keeps to recognise it, and how far they may be off, relative to the
@@ -101,11 +101,7 @@ def load_adapter(
             layer, singular_values = module, module.s
         else:
             factors = decompose(module.weight)
-            dense = module.weight if keep_base else None
-            layer, singular_values = (
-                CersaLinear(factors, stored.kept_rank, module.bias, module.weight.dtype, dense),
-                factors.s,
-            )
+            layer, singular_values = replacement(module, factors, stored.kept_rank, keep_base), factors.s
         distances[f"{component}.{name}"] = _fingerprint_distance(singular_values, stored)
         prepared.append((component, name, layer, stored))
     _check_fingerprints(distances, adapter, where)
@@ -158,7 +154,8 @@ def _resolve(
         names = (module_name, module_name.removeprefix("text_model."), f"text_model.{module_name}")
         name = next((name for name in names if name in modules), None)
         if name is None or not isinstance(modules[name], nn.Linear | CersaLinear):
-            problems.append(f"{key} (no such linear layer)")
+            found = "no such layer" if name is None else f"it is a {type(modules[name]).__module__}, unload other adapters first"
+            problems.append(f"{key} ({found})")
             continue
         module = modules[name]
         if (module.out_features, module.in_features) != (stored.out_features, stored.in_features):
@@ -209,7 +206,7 @@ def _check_fingerprints(distances: dict[str, float], adapter: AdapterFile, where
 
 
 def _solve(name: str, layer: CersaLinear, stored: StoredLayer, where: str) -> torch.Tensor:
-    block = stored.block.double().to(layer.U.device) * stored.scale
+    block = stored.block.double() * stored.scale
     try:
         core = block_to_core(block, layer.U, layer.Vh, stored.rows, stored.columns)
     except torch.linalg.LinAlgError as error:

@@ -20,6 +20,12 @@ class Decomposition(NamedTuple):
     Vh: Tensor
 
 
+def float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64 without gradient, on its device or, where that has no float64 (Apple's MPS), on the CPU."""
+    device = "cpu" if tensor.device.type == "mps" else tensor.device
+    return tensor.detach().to(device).double()
+
+
 def decompose(weight: Tensor) -> Decomposition:
     """Thin singular value decomposition in float64.
 
@@ -27,9 +33,9 @@ def decompose(weight: Tensor) -> Decomposition:
         weight: (m, n) matrix of any floating dtype; pass it as the checkpoint stores it, not cast down for compute.
 
     Returns:
-        float64 factors of shapes (m, p), (p,) and (p, n), with p = min(m, n), on the weight's device.
+        float64 factors of shapes (m, p), (p,) and (p, n), with p = min(m, n), on the weight's device (see `float64`).
     """
-    return Decomposition(*torch.linalg.svd(weight.detach().double(), full_matrices=False))
+    return Decomposition(*torch.linalg.svd(float64(weight), full_matrices=False))
 
 
 def energy_rank(singular_values: Tensor, share: float) -> int:
@@ -42,7 +48,7 @@ def energy_rank(singular_values: Tensor, share: float) -> int:
     Returns:
         k in 1..p; 1 for a matrix of zeros, which has no energy to divide.
     """
-    energy = singular_values.double().square().cumsum(0)
+    energy = float64(singular_values).square().cumsum(0)
     if energy[-1] == 0:
         return 1
     # Divided, not multiplied: a share that is hit exactly (.9 of 9 + 1) then compares equal in floating point.
@@ -82,7 +88,7 @@ def pivot_rows(basis: Tensor) -> Tensor:
     Returns:
         (r,) int64 row indices, in the order in which QR picks them, on the CPU.
     """
-    _, order = scipy.linalg.qr(basis.detach().double().cpu().numpy().T, mode="r", pivoting=True, check_finite=False)
+    _, order = scipy.linalg.qr(float64(basis).cpu().numpy().T, mode="r", pivoting=True, check_finite=False)
     return torch.from_numpy(order[: basis.shape[1]]).long()
 
 
@@ -97,7 +103,7 @@ def core_to_block(core: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Te
     """
     rank = core.shape[0]
     left, right = _pivot_factors(U, Vh, rows, columns, rank)
-    return left @ core.detach().double() @ right
+    return left @ float64(core) @ right
 
 
 def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -113,10 +119,10 @@ def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: T
         torch.linalg.LinAlgError: the chosen rows or columns of these bases are dependent.
     """
     left, right = _pivot_factors(U, Vh, rows, columns, block.shape[0])
-    halfway = torch.linalg.solve(left, block.double())
+    halfway = torch.linalg.solve(left, float64(block).to(left.device))
     return torch.linalg.solve(right, halfway, left=False)
 
 
 def _pivot_factors(U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rows, columns = rows.to(U.device), columns.to(Vh.device)
-    return U[rows, :rank].double(), Vh[:rank, columns].double()
+    return float64(U[rows, :rank]), float64(Vh[:rank, columns])

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.functional import decompose, energy_rank
+from cersa_diffusion.functional import Decomposition, decompose, energy_rank
 from cersa_diffusion.linear import CersaLinear
 
 
@@ -127,6 +127,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child_name, module)
 
 
+def replacement(linear: nn.Linear, factors: Decomposition, kept_rank: int, keep_base: bool) -> CersaLinear:
+    """The CERSA layer for a linear layer, not yet in its place and without cores.
+
+    Args:
+        linear: the layer to replace.
+        factors: its decomposition.
+        kept_rank: k.
+        keep_base: keep the weight in CPU memory.
+    """
+    weight = linear.weight
+    return CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, weight if keep_base else None)
+
+
 def inject_cersa(
     model: nn.Module,
     config: CersaConfig,
@@ -161,7 +174,7 @@ def inject_cersa(
         factors = decompose(linear.weight)
         kept_rank = energy_rank(factors.s, config.alpha)
         core_rank = energy_rank(factors.s, config.trained_share)
-        layer = CersaLinear(factors, kept_rank, linear.bias, linear.weight.dtype, linear.weight if keep_base else None)
+        layer = replacement(linear, factors, kept_rank, keep_base)
         layer.add_core(adapter_name, core_rank)
         energy = factors.s.square()
         kept_energy = float(energy[:kept_rank].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.functional import Decomposition, cersa_linear
+from cersa_diffusion.functional import Decomposition, cersa_linear, float64
 
 
 class CersaLinear(nn.Module):
@@ -18,6 +18,7 @@ class CersaLinear(nn.Module):
         kept_rank: k, the number of singular triplets to keep.
         bias: the bias of the replaced layer, or None; shared, not copied.
         dtype: compute dtype of the bases.
+        device: where the layer lives; default: where the decomposition is.
         dense_weight: the replaced weight, kept in CPU memory so that it can come back bit for bit, or None.
     """
 
@@ -27,15 +28,17 @@ class CersaLinear(nn.Module):
         kept_rank: int,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
+        device: torch.device | None = None,
         dense_weight: Tensor | None = None,
     ):
         super().__init__()
         U, s, Vh = decomposition
         self.out_features, self.in_features = U.shape[0], Vh.shape[1]
         self.kept_rank = kept_rank
-        self.register_buffer("U", U[:, :kept_rank].to(dtype, memory_format=torch.contiguous_format, copy=True))
-        self.register_buffer("s", s[:kept_rank].to(torch.float32, copy=True))
-        self.register_buffer("Vh", Vh[:kept_rank].to(dtype, memory_format=torch.contiguous_format, copy=True))
+        placed = {"device": device or U.device, "copy": True, "memory_format": torch.contiguous_format}
+        self.register_buffer("U", U[:, :kept_rank].to(dtype=dtype, **placed))
+        self.register_buffer("s", s[:kept_rank].to(dtype=torch.float32, **placed))
+        self.register_buffer("Vh", Vh[:kept_rank].to(dtype=dtype, **placed))
         self.bias = bias
         self.cores = nn.ParameterDict()
         self.strengths: dict[str, float] = {}
@@ -90,14 +93,14 @@ class CersaLinear(nn.Module):
         """``dW = U[:, :r] D Vh[:r]`` of the active cores: (m, n), float64."""
         core = self.core()
         if core is None:
-            return self.U.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
+            return torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=float64(self.s).device)
         rank = core.shape[0]
-        return self.U[:, :rank].double() @ core.detach().double() @ self.Vh[:rank].double()
+        return float64(self.U[:, :rank]) @ float64(core) @ float64(self.Vh[:rank])
 
     def effective_weight(self) -> Tensor:
-        """The dense (m, n) matrix this layer multiplies by, computed in float64, in the dtype of the bases."""
-        truncated = (self.U.double() * self.s.double()) @ self.Vh.double()
-        return (truncated + self.weight_change()).to(self.U.dtype)
+        """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and place of the bases."""
+        truncated = (float64(self.U) * float64(self.s)) @ float64(self.Vh)
+        return (truncated + self.weight_change()).to(self.U)
 
     def extra_repr(self) -> str:
         ranks = {name: core.shape[0] for name, core in self.cores.items()}

@@ -102,7 +102,7 @@ def test_another_base_is_named_and_not_touched(adapter):
         cersa.load_adapter(other, path, show_progress=False)
     with pytest.raises(BaseMismatchError, match=r"model\.4"):
         cersa.load_adapter(nn.Sequential(*base[:4], nn.Linear(64, 8)), path, show_progress=False)
-    with pytest.raises(BaseMismatchError, match="no such linear layer"):
+    with pytest.raises(BaseMismatchError, match="no such layer"):
         cersa.load_adapter(nn.Sequential(*base[:3]), path, show_progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 

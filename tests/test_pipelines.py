@@ -1,15 +1,26 @@
 """Adapters on real diffusers pipelines: the embedded base."""
 
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from accelerate import Accelerator
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
+from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.training.data import picture_paths
+from cersa_diffusion.training.dreambooth import DreamBoothRun
 
 
 def picture(pipeline, prompt="a 3d emoji of a fox") -> torch.Tensor:
@@ -24,21 +35,33 @@ def parts(pipeline) -> dict[str, torch.nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def changed(base_path, tmp_path_factory):
-    """An adapter of random changes on the embedded base: (file, weight changes by layer)."""
-    pipeline = load_base(str(base_path))
-    torch.manual_seed(0)
-    changes = {}
-    for name, model in parts(pipeline).items():
-        cersa.inject_cersa(model, CersaConfig(alpha=0.9, target_modules=TARGET_MODULES[name]), show_progress=False)
-        for layer_name, layer in model.named_modules():
-            if isinstance(layer, CersaLinear):
-                core = layer.cores["default"]
-                core.data.normal_(std=0.05 / core.shape[0] ** 0.5)
-                changes[f"{name}.{layer_name}"] = layer.weight_change()
-    path = tmp_path_factory.mktemp("adapter") / "pytorch_cersa_weights.safetensors"
-    cersa.save_adapter(parts(pipeline), path, base_model={"name_or_path": "emoji-base"})
-    return path, changes
+def changed(base_path, subject_path, subject, tmp_path_factory):
+    """A trained adapter on the embedded base: (file, weight changes by layer). A fresh one is zero and hides mistakes."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = DreamBoothConfig(
+        str(base_path),
+        str(subject_path / "instance"),
+        subject["instance_prompt"],
+        output_dir=str(folder),
+        alpha=0.9,
+        resolution=64,
+        train_batch_size=2,
+        max_train_steps=12,
+        learning_rate=1e-3,
+    )
+    run = DreamBoothRun(config, load_base(str(base_path)), Accelerator())
+    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], folder, None)
+    result = run.save(folder)
+    return Path(result.weights_path), weight_changes(run.components)
+
+
+def weight_changes(components: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{layer_name}": layer.weight_change()
+        for name, model in components.items()
+        for layer_name, layer in model.named_modules()
+        if isinstance(layer, CersaLinear)
+    }
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.005), (torch.float16, 0.01), (torch.bfloat16, 0.04)])
@@ -46,12 +69,7 @@ def test_weight_changes_of_every_layer_survive_the_dtype_of_the_base(base_path, 
     path, changes = changed
     pipeline = load_base(str(base_path), dtype=dtype)
     pipeline.load_cersa_weights(path)
-    found = {
-        f"{name}.{layer_name}": layer.weight_change()
-        for name, model in parts(pipeline).items()
-        for layer_name, layer in model.named_modules()
-        if isinstance(layer, CersaLinear)
-    }
+    found = weight_changes(parts(pipeline))
     assert found.keys() == changes.keys() and len(found) > 90
     worst = max(float((found[name] - change).norm() / change.norm()) for name, change in changes.items())
     assert worst <= limit
@@ -135,7 +153,7 @@ def test_another_base_is_refused_and_the_pipeline_is_as_before(base_path, change
     for parameter in pipeline.unet.mid_block.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     before = picture(pipeline)
-    with pytest.raises(BaseMismatchError, match=r"emoji-base.*unet\.mid_block"):
+    with pytest.raises(BaseMismatchError, match=r"another base model.*unet\.mid_block"):
         pipeline.load_cersa_weights(changed[0])
     assert torch.equal(picture(pipeline), before)
 
@@ -157,7 +175,40 @@ def test_keys_are_canonical_across_transformers_versions(changed):
 
 
 def test_every_pipeline_class_has_the_methods():
-    from diffusers import FluxPipeline, StableDiffusionXLPipeline
-
     for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline):
         assert callable(pipeline_class.load_cersa_weights) and callable(pipeline_class.unload_cersa_weights)
+
+
+def flux_pipeline() -> FluxPipeline:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+
+
+def flux_latents(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {"prompt_embeds": torch.ones(1, 5, 32), "pooled_prompt_embeds": torch.ones(1, 32)}
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    return pipeline(**embeddings, **size, generator=generator, output_type="latent").images
+
+
+def test_pipelines_with_a_transformer(tmp_path):
+    trained = flux_pipeline()
+    cersa.inject_cersa(trained.transformer, CersaConfig(alpha=0.9), show_progress=False)
+    for core in cersa.trainable_parameters(trained.transformer):
+        core.data.normal_(std=0.02)
+    cersa.save_adapter({"transformer": trained.transformer}, tmp_path / "a.safetensors", dtype=torch.float32)
+    pipeline = flux_pipeline()
+    before = flux_latents(pipeline)
+    pipeline.load_cersa_weights(tmp_path / "a.safetensors")
+    torch.testing.assert_close(flux_latents(pipeline), flux_latents(trained), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(flux_latents(pipeline), before, atol=1e-2)
+    pipeline.unload_cersa_weights()
+    assert torch.equal(flux_latents(pipeline), before)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError, CersaLinear, ConfigError
@@ -15,6 +16,13 @@ from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.data import picture_paths
 from cersa_diffusion.training.dreambooth import DreamBoothRun
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision for the whole process; these tests change it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 
