@@ -9,8 +9,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cersa_diffusion.adapter_file import AdapterFile, StoredLayer, read_adapter_file, write_adapter_file
+from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
-from cersa_diffusion.functional import block_to_core, core_to_block, decompose, pivot_rows
+from cersa_diffusion.functional import block_to_core, core_to_block, pivot_rows
 from cersa_diffusion.inject import cersa_layers, check_layers, replace_module, replacement
 from cersa_diffusion.linear import CersaLinear
 
@@ -94,17 +95,19 @@ def load_adapter(
             if isinstance(module, CersaLinear):
                 _check_room(f"{component}.{name}", module, stored, adapter_name)
 
-    prepared, distances = [], {}
+    prepared, distances, cache = [], {}, DecompositionCache.default()
     work = [(component, name, *pair) for component, layers in targets.items() for name, pair in layers.items()]
     for component, name, module, stored in tqdm(work, desc="loading adapter", unit="layer", disable=not show_progress):
         if isinstance(module, CersaLinear):
             layer, singular_values = module, module.s
         else:
-            factors = decompose(module.weight)
+            factors = leading_factors(module.weight, lambda s, stored=stored: stored.kept_rank, cache)
             layer, singular_values = replacement(module, factors, stored.kept_rank, keep_base), factors.s
         distances[f"{component}.{name}"] = _fingerprint_distance(singular_values, stored)
         prepared.append((component, name, layer, stored))
     _check_fingerprints(distances, adapter, where)
+    if cache:
+        cache.trim()
 
     cores = [_solve(f"{component}.{name}", layer, stored, where) for component, name, layer, stored in prepared]
     for (component, name, layer, stored), core in zip(prepared, cores, strict=True):

@@ -26,8 +26,15 @@ def float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device).double()
 
 
+# Below this ratio of smallest to largest singular value, squaring the matrix costs digits that float32 bases would show.
+GRAM_CONDITION = 1e-6
+
+
 def decompose(weight: Tensor) -> Decomposition:
     """Thin singular value decomposition in float64.
+
+    Through the eigenvectors of the smaller Gram matrix, which takes about half the time of a full SVD and loses nothing that
+    float32 could hold, unless the matrix is so badly conditioned (or rank-deficient) that the full SVD is needed.
 
     Args:
         weight: (m, n) matrix of any floating dtype; pass it as the checkpoint stores it, not cast down for compute.
@@ -35,7 +42,15 @@ def decompose(weight: Tensor) -> Decomposition:
     Returns:
         float64 factors of shapes (m, p), (p,) and (p, n), with p = min(m, n), on the weight's device (see `float64`).
     """
-    return Decomposition(*torch.linalg.svd(float64(weight), full_matrices=False))
+    weight = float64(weight)
+    wide = weight.shape[0] < weight.shape[1]
+    tall = weight.T if wide else weight
+    eigenvalues, vectors = torch.linalg.eigh(tall.T @ tall)
+    values, vectors = eigenvalues.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+    if not values[-1] > GRAM_CONDITION * values[0]:
+        return Decomposition(*torch.linalg.svd(weight, full_matrices=False))
+    other = (tall @ vectors) / values
+    return Decomposition(vectors, values, other.T) if wide else Decomposition(other, values, vectors.T)
 
 
 def energy_rank(singular_values: Tensor, share: float) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.functional import Decomposition, decompose, energy_rank
+from cersa_diffusion.functional import Decomposition, energy_rank
 from cersa_diffusion.linear import CersaLinear
 
 
@@ -150,7 +151,8 @@ def inject_cersa(
 ) -> InjectionReport:
     """Replaces the target linear layers of a model by CERSA layers with zero cores; only the cores stay trainable.
 
-    All or nothing: every layer is checked and decomposed before the first one is replaced.
+    All or nothing: every layer is checked and decomposed before the first one is replaced. Decompositions are kept in the
+    on-disk cache (see `cersa_diffusion.cache`), from which the next injection or load takes them.
 
     Args:
         model: any torch model; changed in place.
@@ -167,19 +169,21 @@ def inject_cersa(
         NonFiniteError: NaN or infinity in a weight.
     """
     start = time.perf_counter()
+    cache = DecompositionCache.default()
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
     replacements, rows = {}, []
     for name, linear in _progress(targets.items(), show_progress):
-        factors = decompose(linear.weight)
-        kept_rank = energy_rank(factors.s, config.alpha)
-        core_rank = energy_rank(factors.s, config.trained_share)
+        factors = leading_factors(linear.weight, lambda s: energy_rank(s, config.alpha), cache)
+        kept_rank, core_rank = energy_rank(factors.s, config.alpha), energy_rank(factors.s, config.trained_share)
         layer = replacement(linear, factors, kept_rank, keep_base)
         layer.add_core(adapter_name, core_rank)
         energy = factors.s.square()
         kept_energy = float(energy[:kept_rank].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny))
         rows.append(LayerReport(name, *linear.weight.shape, kept_rank, core_rank, kept_energy))
         replacements[name] = layer
+    if cache:
+        cache.trim()
     model.requires_grad_(False)
     for name, layer in replacements.items():
         replace_module(model, name, layer)

@@ -14,7 +14,7 @@ class CersaLinear(nn.Module):
     Bases are buffers in the compute dtype; singular values and cores stay float32 through every dtype move.
 
     Args:
-        decomposition: full or truncated factors of the weight, values descending.
+        decomposition: leading factors of the weight, at least `kept_rank` of them, values descending.
         kept_rank: k, the number of singular triplets to keep.
         bias: the bias of the replaced layer, or None; shared, not copied.
         dtype: compute dtype of the bases.

@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test touches the user's decomposition cache; command lines inherit the setting."""
+    folder = tmp_path_factory.mktemp("decompositions")
+    os.environ["CERSA_CACHE"] = str(folder)
+    yield folder
+    del os.environ["CERSA_CACHE"]
+
+
 @pytest.fixture(scope="session")
 def base_path() -> Path:
     return REPOSITORY / "assets" / "emoji-base"

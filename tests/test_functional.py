@@ -1,5 +1,6 @@
 """The mathematics against brute force and against its own definition."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,3 +80,18 @@ def test_the_block_means_the_same_in_any_basis_of_the_subspace(seed, rank):
     other_U, other_Vh = U[:, :rank] @ left, right @ Vh[:rank]
     other_core = block_to_core(block, other_U, other_Vh, rows, columns)
     torch.testing.assert_close(other_U @ other_core @ other_Vh, U[:, :rank] @ core @ Vh[:rank])
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (60, 20), (20, 60), (1, 7), (7, 1)])
+@pytest.mark.parametrize("decades", [1, 4, 9])
+def test_both_solvers_give_orthonormal_bases_to_float32_and_the_weight_to_float64(shape, decades):
+    generator = torch.Generator().manual_seed(0)
+    p = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, p, generator=generator, dtype=torch.float64)).Q for size in shape)
+    weight = left @ torch.diag(torch.logspace(0, -decades, p, dtype=torch.float64)) @ right.T
+    U, s, Vh = decompose(weight)
+    identity = torch.eye(p, dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U, identity, rtol=0, atol=2e-8)
+    torch.testing.assert_close(Vh @ Vh.T, identity, rtol=0, atol=2e-8)
+    torch.testing.assert_close((U * s) @ Vh, weight, rtol=0, atol=1e-13)
+    torch.testing.assert_close(s, torch.linalg.svdvals(weight), rtol=0, atol=1e-10)
