@@ -4,12 +4,13 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test check base clean
+.PHONY: help install demo test check bench base clean
 
 help:
 	@echo "make demo    learn a subject with CERSA, LoRA and full fine-tuning; picture and table in outputs/demo"
 	@echo "make test    the test suite"
 	@echo "make check   lint and formatting"
+	@echo "make bench   speed and memory of single layers, as ratios to LoRA and full fine-tuning"
 	@echo "make base    rebuild the embedded models from openly licensed artwork (needs npm; long)"
 
 install: $(INSTALLED)
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+bench: $(INSTALLED)
+	$(RUN) benchmarks/layers.py
 
 base: $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable ".[base]"
