@@ -159,9 +159,7 @@ def main() -> None:
         json.dumps({"machine": machine, "alpha": ALPHA, "lora_rank": LORA_RANK, "rows": rows}, indent=1) + "\n"
     )
     print(as_table(rows))
-    print(
-        f"\nCERSA (alpha = {ALPHA}) over peft LoRA (r = {LORA_RANK}) and over full fine-tuning of the layer; under 1: CERSA needs less"
-    )
+    print(f"\nCERSA (alpha = {ALPHA}) over peft LoRA (r = {LORA_RANK}) and over full fine-tuning; under 1: CERSA needs less")
     print("state: weights, gradient and AdamW; saved: kept for the backward pass; step and forward: time")
     print(f"{machine}; {time.perf_counter() - start:.0f} s; figures in {arguments.output}")
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.adapter_file import AdapterFile, StoredLayer, read_adapter_file, write_adapter_file
 from cersa_diffusion.cache import DecompositionCache, leading_factors
+from cersa_diffusion.cores import MatrixCore
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.functional import block_to_core, core_to_block, pivot_rows
 from cersa_diffusion.inject import cersa_layers, check_layers, replace_module, replacement
@@ -102,7 +103,8 @@ def load_adapter(
             layer, singular_values = module, module.s
         else:
             factors = leading_factors(module.weight, lambda s, stored=stored: stored.kept_rank, cache)
-            layer, singular_values = replacement(module, factors, stored.kept_rank, keep_base), factors.s
+            layer = replacement(module, factors, stored.kept_rank, keep_residual=stored.residual_kept, keep_base=keep_base)
+            singular_values = factors.s
         distances[f"{component}.{name}"] = _fingerprint_distance(singular_values, stored)
         prepared.append((component, name, layer, stored))
     _check_fingerprints(distances, adapter, where)
@@ -111,8 +113,7 @@ def load_adapter(
 
     cores = [_solve(f"{component}.{name}", layer, stored, where) for component, name, layer, stored in prepared]
     for (component, name, layer, stored), core in zip(prepared, cores, strict=True):
-        layer.add_core(adapter_name, stored.core_rank, core, strength)
-        layer.cores[adapter_name].requires_grad_(False)
+        layer.add_core(adapter_name, MatrixCore(stored.core_rank, stored.offset, core).requires_grad_(False), strength)
         if components[component].get_submodule(name) is not layer:
             replace_module(components[component], name, layer)
 
@@ -130,15 +131,28 @@ def _canonical_name(model: nn.Module, name: str) -> str:
 
 def _store(layer: CersaLinear, adapter_name: str, dtype: torch.dtype) -> StoredLayer:
     core = layer.cores[adapter_name]
-    rank = core.shape[0]
-    rows, columns = pivot_rows(layer.U[:, :rank]), pivot_rows(layer.Vh[:rank].T)
-    block = core_to_block(core, layer.U, layer.Vh, rows, columns)
+    U, Vh = _changed_bases(layer, core.offset, core.rank)
+    rows, columns = pivot_rows(U), pivot_rows(Vh.T)
+    block = core_to_block(core.dense(), U, Vh, rows, columns)
     largest = float(block.abs().max())
     scale = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
-    leading = tuple(layer.s[:FINGERPRINT_LENGTH].tolist())
     return StoredLayer(
-        (block / scale).to(dtype), rows, columns, scale, layer.out_features, layer.in_features, layer.kept_rank, leading
+        block=(block / scale).to(dtype),
+        rows=rows,
+        columns=columns,
+        scale=scale,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        kept_rank=layer.kept_rank,
+        offset=core.offset,
+        residual_kept=layer.residual is not None,
+        leading_singular_values=tuple(layer.s[:FINGERPRINT_LENGTH].tolist()),
     )
+
+
+def _changed_bases(layer: CersaLinear, offset: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    region = slice(offset, offset + rank)
+    return layer.U[:, region], layer.Vh[region]
 
 
 def _resolve(
@@ -182,10 +196,10 @@ def _base_name(adapter: AdapterFile) -> str:
 def _check_room(name: str, layer: CersaLinear, stored: StoredLayer, adapter_name: str) -> None:
     if adapter_name in layer.cores:
         raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name or unload it")
-    if layer.kept_rank != stored.kept_rank:
+    if layer.kept_rank != stored.kept_rank or (layer.residual is not None) != stored.residual_kept:
         raise ConfigError(
-            f"layer {name} keeps {layer.kept_rank} components, the adapter was trained with {stored.kept_rank}: "
-            "unload the loaded adapter first"
+            f"layer {name} keeps {layer.kept_rank} components, the adapter was trained with {stored.kept_rank} (or with the "
+            "residual kept in one and dropped in the other): unload the loaded adapter first"
         )
 
 
@@ -211,7 +225,7 @@ def _check_fingerprints(distances: dict[str, float], adapter: AdapterFile, where
 def _solve(name: str, layer: CersaLinear, stored: StoredLayer, where: str) -> torch.Tensor:
     block = stored.block.double() * stored.scale
     try:
-        core = block_to_core(block, layer.U, layer.Vh, stored.rows, stored.columns)
+        core = block_to_core(block, *_changed_bases(layer, stored.offset, stored.core_rank), stored.rows, stored.columns)
     except torch.linalg.LinAlgError as error:
         raise AdapterFormatError(f"{where}: layer {name}: its pivot rows or columns are dependent in this base") from error
     if not torch.isfinite(core).all():

@@ -29,7 +29,8 @@ class StoredLayer:
     """One layer of an adapter file.
 
     `block` times `scale` is ``dW[rows, columns]``; the scale is a power of two that keeps 16-bit storage away from
-    subnormal numbers. `leading_singular_values` are the fingerprint of the base weight.
+    subnormal numbers. The change lies in the components from `offset` on. `leading_singular_values` are the fingerprint of
+    the base weight.
     """
 
     block: Tensor
@@ -39,6 +40,8 @@ class StoredLayer:
     out_features: int
     in_features: int
     kept_rank: int
+    offset: int
+    residual_kept: bool
     leading_singular_values: tuple[float, ...]
 
     @property
@@ -53,6 +56,8 @@ class StoredLayer:
             "n": self.in_features,
             "k": self.kept_rank,
             "r": self.core_rank,
+            "o": self.offset,
+            "residual": self.residual_kept,
             "scale": self.scale,
             "s": list(self.leading_singular_values),
         }
@@ -162,14 +167,16 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
 
 def _parse_layer(name: str, facts: object, block: Tensor, rows: Tensor, columns: Tensor) -> StoredLayer:
     try:
-        m, n, k, r = (facts[key] for key in "mnkr")
-        scale, leading = facts["scale"], tuple(facts["s"])
-        numbers = [scale, *leading]
-        well_formed = all(type(value) is int for value in (m, n, k, r)) and all(type(value) in (int, float) for value in numbers)
+        m, n, k, r, o = (facts[key] for key in "mnkro")
+        scale, residual, leading = facts["scale"], facts["residual"], tuple(facts["s"])
     except (KeyError, TypeError) as error:
         raise AdapterFormatError(f"layer {name}: damaged description in the header") from error
-    if not well_formed or not 1 <= r <= k <= min(m, n) or not leading:
-        raise AdapterFormatError(f"layer {name}: damaged description in the header, or ranks outside 1 <= r <= k <= min(m, n)")
+    numbers = [scale, *leading]
+    well_formed = all(type(value) is int for value in (m, n, k, r, o)) and all(type(value) in (int, float) for value in numbers)
+    if not well_formed or type(residual) is not bool or not leading or not (1 <= r <= k - o <= k <= min(m, n)):
+        raise AdapterFormatError(
+            f"layer {name}: damaged description in the header, or ranks outside 1 <= r <= k - o, k <= min(m, n)"
+        )
     if block.shape != (r, r) or rows.shape != (r,) or columns.shape != (r,):
         raise AdapterFormatError(
             f"layer {name}: block {tuple(block.shape)}, rows {tuple(rows.shape)}, cols {tuple(columns.shape)}, expected rank {r}"
@@ -181,4 +188,4 @@ def _parse_layer(name: str, facts: object, block: Tensor, rows: Tensor, columns:
             raise AdapterFormatError(f"layer {name}: {kind} are not {r} different indices below {size}")
     if not torch.isfinite(block).all() or not all(math.isfinite(value) for value in numbers):
         raise NonFiniteError(f"layer {name}: NaN or infinity in the adapter")
-    return StoredLayer(block, rows.long(), columns.long(), float(scale), m, n, k, leading)
+    return StoredLayer(block, rows.long(), columns.long(), float(scale), m, n, k, o, residual, leading)

@@ -1,33 +1,53 @@
 """What CERSA does to a model, as one dataclass whose help texts the command lines reuse."""
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+from torch import Tensor
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.functional import energy_rank
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class CersaConfig:
-    """Settings of an injection (CERSA, section 3.1).
+    """Settings of an injection (CERSA, section 3.1, and its ablations).
 
     Raises:
-        ConfigError: alpha outside (0, 1], or beta outside (0, alpha].
+        ConfigError: a value outside its range, or settings that contradict each other.
     """
 
-    alpha: float = field(
-        default=0.95,
-        metadata={"help": "Share of squared-singular-value energy that is kept in every layer, in (0, 1]. The rest is dropped."},
+    alpha: float = _option(
+        0.95, "Share of squared-singular-value energy that is kept in every layer, in (0, 1]. The rest is dropped."
     )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Share of the energy whose components are trained, at most alpha. Default: alpha, all that is kept."},
+    beta: float | None = _option(
+        None, "Share of the energy whose components are trained, at most alpha. Default: alpha, all that is kept."
     )
-    target_modules: str | list[str] = field(
-        default="all-linear",
-        metadata={"help": "'all-linear', a regular expression for whole module names, or a list of name endings."},
+    rank: int | None = _option(None, "Keep and train this many components in every layer instead (Table 5).")
+    core: Literal["matrix", "diagonal", "sparse"] = _option(
+        "matrix", "What is trained on the components: a dense matrix, its diagonal (Table 6), or a few of its entries (SVFT)."
     )
-    exclude_modules: str | list[str] | None = field(
-        default=None,
-        metadata={"help": "Layers to leave alone: a regular expression for whole module names, or a list of name endings."},
+    block: Literal["top", "bottom"] = _option(
+        "top", "With beta below alpha: train the leading components, or as many of the last that are kept (Table 3)."
+    )
+    residual: Literal["drop", "keep"] = _option("drop", "Drop the part of the weight outside alpha, or keep it frozen and dense.")
+    unprofitable: Literal["factor", "skip"] = _option(
+        "factor", "Layers whose factors and core hold more numbers than their dense weight: treat as all others, or leave alone."
+    )
+    target_modules: str | list[str] = _option(
+        "all-linear", "'all-linear', a regular expression for whole module names, or a list of name endings."
+    )
+    exclude_modules: str | list[str] | None = _option(
+        None, "Layers to leave alone: a regular expression for whole module names, or a list of name endings."
+    )
+    sparse_pattern: Literal["banded", "random", "top_k"] = _option("banded", "core='sparse': which entries are trained.")
+    off_diagonals: int = _option(
+        0, "core='sparse': off-diagonals on either side; the other patterns train as many entries as the banded one would."
     )
 
     def __post_init__(self):
@@ -35,11 +55,34 @@ class CersaConfig:
             raise ConfigError(f"alpha is {self.alpha}, expected a share in (0, 1]: the usual values are .8 to .95")
         if self.beta is not None and not 0 < self.beta <= self.alpha:
             raise ConfigError(f"beta is {self.beta}, expected a share in (0, alpha = {self.alpha}]: lower beta or raise alpha")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}, expected at least 1, or None to let alpha decide")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}")
+        if self.off_diagonals < 0:
+            raise ConfigError(f"off_diagonals is {self.off_diagonals}, expected 0 or more")
+        if self.block == "bottom" and (self.beta is None or self.beta == self.alpha or self.rank is not None):
+            raise ConfigError("block='bottom' trains the last of the kept components: set beta below alpha, and no rank")
+        if self.core == "sparse" and self.trained_share != self.alpha:
+            raise ConfigError("core='sparse' trains entries between all kept components: leave beta out")
+        if self.core != "sparse" and (self.off_diagonals or self.sparse_pattern != "banded"):
+            warnings.warn("sparse_pattern and off_diagonals are ignored without core='sparse'", stacklevel=3)
+        if self.rank is not None and self.beta is not None:
+            warnings.warn("beta is ignored: rank fixes both the kept and the trained components", stacklevel=3)
 
     @property
     def trained_share(self) -> float:
         """beta, or alpha where beta was left out."""
         return self.alpha if self.beta is None else self.beta
+
+    def kept_rank(self, singular_values: Tensor) -> int:
+        """k for a spectrum (p,), descending (Eq. 2)."""
+        return energy_rank(singular_values, self.alpha) if self.rank is None else min(self.rank, len(singular_values))
+
+    def core_rank(self, singular_values: Tensor) -> int:
+        """r for a spectrum (p,), descending (Eq. 2)."""
+        return energy_rank(singular_values, self.trained_share) if self.rank is None else self.kept_rank(singular_values)
 
     def to_dict(self) -> dict:
         """The settings as plain values for JSON."""
@@ -56,3 +99,6 @@ class CersaConfig:
         if unknown:
             raise ConfigError(f"unknown CERSA settings {sorted(unknown)}: was this written by a newer version?")
         return cls(**values)
+
+
+_CHOICES = {f.name: f.type.__args__ for f in fields(CersaConfig) if getattr(f.type, "__origin__", None) is Literal}

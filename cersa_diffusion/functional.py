@@ -1,7 +1,8 @@
 """The mathematics of CERSA on tensors: spectrum, rank for an energy share, forward pass, basis-free storage of a core.
 
 Notation: a frozen ``W`` (m x n) is cut to ``U`` (m x k), ``s`` (k) and ``Vh`` (k x n), the leading singular triplets; the
-trainable core ``D`` (r x r, r <= k) changes the weight by ``dW = U[:, :r] D Vh[:r]``.
+trainable core ``D`` (r x r) on r of the k components, usually the leading ones, changes the weight by
+``dW = U[:, o:o+r] D Vh[o:o+r]``.
 """
 
 from typing import NamedTuple
@@ -70,17 +71,28 @@ def energy_rank(singular_values: Tensor, share: float) -> int:
     return int((energy / energy[-1] < share).sum()) + 1
 
 
-def cersa_linear(x: Tensor, U: Tensor, s: Tensor, Vh: Tensor, core: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``y = U (s * h + pad(D h[:r])) + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
+def cersa_linear(
+    x: Tensor,
+    U: Tensor,
+    s: Tensor,
+    Vh: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    offset: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y = U (s * h + pad(D h[o:o+r])) + R x + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
 
-    Three thin products under plain autograd: with frozen factors only `h` (tokens x k) is saved for the backward pass.
+    Thin products under plain autograd: with frozen factors only `h` (tokens x k) is saved for the backward pass.
 
     Args:
         x: (..., n) input.
         U: (m, k), Vh: (k, n): frozen bases in the compute dtype.
         s: (k,) float32 singular values.
-        core: (r, r) change of the core in any floating dtype, or None for the truncated layer.
+        core: change of the core in any floating dtype, (r, r) or its diagonal (r,); None for the truncated layer.
         bias: (m,) or None.
+        offset: o, the first component that the core changes.
+        residual: (m, n) part of the weight outside the kept components, None where it is dropped.
 
     Returns:
         (..., m) output, dtype as `torch.nn.functional.linear` gives it for the bases (autocast included).
@@ -89,8 +101,12 @@ def cersa_linear(x: Tensor, U: Tensor, s: Tensor, Vh: Tensor, core: Tensor | Non
     scaled = (h * s).to(h.dtype)
     if core is not None:
         rank = core.shape[0]
-        change = F.linear(h[..., :rank], core.to(h.dtype))
-        scaled = scaled + F.pad(change, (0, h.shape[-1] - rank))
+        region = h[..., offset : offset + rank]
+        change = (region * core).to(h.dtype) if core.ndim == 1 else F.linear(region, core.to(h.dtype))
+        scaled = scaled + F.pad(change, (offset, h.shape[-1] - offset - rank))
+    if residual is not None:
+        # Two products with the bias in the second: adding it on its own would raise the dtype under autocast.
+        return F.linear(scaled, U) + F.linear(x, residual, bias)
     return F.linear(scaled, U, bias)
 
 
@@ -111,13 +127,12 @@ def core_to_block(core: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Te
     """The block ``dW[rows, columns]`` of the weight change, which does not depend on the choice of singular vectors.
 
     Args:
-        core: (r, r); U: (m, >= r); Vh: (>= r, n); rows, columns: (r,) indices into m and n.
+        core: (r, r); U: (m, r); Vh: (r, n): the bases of the changed components; rows, columns: (r,) indices into m and n.
 
     Returns:
         (r, r) float64 block.
     """
-    rank = core.shape[0]
-    left, right = _pivot_factors(U, Vh, rows, columns, rank)
+    left, right = _pivot_factors(U, Vh, rows, columns)
     return left @ float64(core) @ right
 
 
@@ -125,7 +140,7 @@ def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: T
     """The core whose weight change has the given block: ``D = U[rows]^-1 M Vh[:, columns]^-1``.
 
     Args:
-        block: (r, r); U: (m, >= r); Vh: (>= r, n); rows, columns: (r,) indices into m and n.
+        block: (r, r); U: (m, r); Vh: (r, n): the bases of the changed components; rows, columns: (r,) indices into m and n.
 
     Returns:
         (r, r) float64 core in the coordinates of the given bases.
@@ -133,11 +148,10 @@ def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: T
     Raises:
         torch.linalg.LinAlgError: the chosen rows or columns of these bases are dependent.
     """
-    left, right = _pivot_factors(U, Vh, rows, columns, block.shape[0])
+    left, right = _pivot_factors(U, Vh, rows, columns)
     halfway = torch.linalg.solve(left, float64(block).to(left.device))
     return torch.linalg.solve(right, halfway, left=False)
 
 
-def _pivot_factors(U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    rows, columns = rows.to(U.device), columns.to(Vh.device)
-    return float64(U[rows, :rank]), float64(Vh[:rank, columns])
+def _pivot_factors(U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    return float64(U[rows.to(U.device)]), float64(Vh[:, columns.to(Vh.device)])

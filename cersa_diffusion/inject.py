@@ -11,34 +11,44 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.cores import Core, DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.functional import Decomposition, energy_rank
+from cersa_diffusion.functional import Decomposition, float64
 from cersa_diffusion.linear import CersaLinear
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What injection did to one layer: shapes, ranks, and the share of energy that is kept."""
+    """What injection did to one layer: shapes, ranks, numbers trained and frozen, and the share of energy that is kept."""
 
     name: str
     out_features: int
     in_features: int
     kept_rank: int
     core_rank: int
+    core_parameters: int
+    frozen_parameters: int
     kept_energy: float
 
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What injection did to a model; ``str()`` is one line."""
+    """What injection did to a model; ``str()`` is one line.
+
+    Attributes:
+        layers: the layers that were replaced.
+        skipped: names of the targets that were left alone (`unprofitable="skip"`).
+        seconds: time it took.
+    """
 
     layers: list[LayerReport]
+    skipped: list[str]
     seconds: float
 
     @property
     def trainable_parameters(self) -> int:
         """Numbers in all cores."""
-        return sum(layer.core_rank**2 for layer in self.layers)
+        return sum(layer.core_parameters for layer in self.layers)
 
     @property
     def dense_parameters(self) -> int:
@@ -47,12 +57,13 @@ class InjectionReport:
 
     @property
     def frozen_parameters(self) -> int:
-        """Numbers in U, s and Vh."""
-        return sum((layer.out_features + layer.in_features + 1) * layer.kept_rank for layer in self.layers)
+        """Numbers in U, s, Vh and what else is kept frozen."""
+        return sum(layer.frozen_parameters for layer in self.layers)
 
     def __str__(self) -> str:
+        skipped = f", {len(self.skipped)} left dense" if self.skipped else ""
         return (
-            f"{len(self.layers)} layers decomposed in {self.seconds:.1f} s: {self.dense_parameters / 1e6:.2f} M dense "
+            f"{len(self.layers)} layers decomposed in {self.seconds:.1f} s{skipped}: {self.dense_parameters / 1e6:.2f} M dense "
             f"-> {self.frozen_parameters / 1e6:.2f} M frozen + {self.trainable_parameters / 1e6:.2f} M trained"
         )
 
@@ -128,17 +139,51 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child_name, module)
 
 
-def replacement(linear: nn.Linear, factors: Decomposition, kept_rank: int, keep_base: bool) -> CersaLinear:
+def replacement(
+    linear: nn.Linear, factors: Decomposition, kept_rank: int, *, keep_residual: bool, keep_base: bool
+) -> CersaLinear:
     """The CERSA layer for a linear layer, not yet in its place and without cores.
 
     Args:
         linear: the layer to replace.
-        factors: its decomposition.
+        factors: its decomposition, at least the leading `kept_rank` triplets.
         kept_rank: k.
+        keep_residual: keep the part of the weight outside these components, frozen and dense.
         keep_base: keep the weight in CPU memory.
     """
-    weight = linear.weight
-    return CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, weight if keep_base else None)
+    weight, residual = linear.weight, None
+    if keep_residual:
+        # What the bases do not hold after they were rounded to the compute dtype: together they are the weight again.
+        U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
+        residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
+    dense_weight = weight if keep_base else None
+    return CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual)
+
+
+def new_core(config: CersaConfig, factors: Decomposition) -> Core:
+    """The untrained core of a layer.
+
+    Args:
+        config: the settings.
+        factors: the layer's decomposition, with the whole spectrum.
+    """
+    kept, rank = config.kept_rank(factors.s), config.core_rank(factors.s)
+    if config.core == "sparse":
+        places = banded_places(kept, min(config.off_diagonals, kept - 1))
+        if config.sparse_pattern == "random":
+            places = random_places(kept, places.shape[1])
+        elif config.sparse_pattern == "top_k":
+            places = top_places(factors.U[:, :kept], factors.Vh[:kept], places.shape[1])
+        return SparseCore(kept, places)
+    offset = kept - rank if config.block == "bottom" else 0
+    return MatrixCore(rank, offset) if config.core == "matrix" else DiagonalCore(rank, offset)
+
+
+def is_profitable(layer: CersaLinear) -> bool:
+    """Whether bases and cores hold fewer numbers than the dense weight (design: m k + n k + r^2 < m n)."""
+    trained = sum(parameter.numel() for parameter in layer.cores.parameters())
+    m, n = layer.out_features, layer.in_features
+    return (m + n) * layer.kept_rank + trained < m * n
 
 
 def inject_cersa(
@@ -172,22 +217,41 @@ def inject_cersa(
     cache = DecompositionCache.default()
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
-    replacements, rows = {}, []
+    replacements, rows, skipped = {}, [], []
     for name, linear in _progress(targets.items(), show_progress):
-        factors = leading_factors(linear.weight, lambda s: energy_rank(s, config.alpha), cache)
-        kept_rank, core_rank = energy_rank(factors.s, config.alpha), energy_rank(factors.s, config.trained_share)
-        layer = replacement(linear, factors, kept_rank, keep_base)
-        layer.add_core(adapter_name, core_rank)
-        energy = factors.s.square()
-        kept_energy = float(energy[:kept_rank].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny))
-        rows.append(LayerReport(name, *linear.weight.shape, kept_rank, core_rank, kept_energy))
+        factors = leading_factors(linear.weight, config.kept_rank, cache)
+        layer = replacement(
+            linear, factors, config.kept_rank(factors.s), keep_residual=config.residual == "keep", keep_base=keep_base
+        )
+        layer.add_core(adapter_name, new_core(config, factors))
+        if config.unprofitable == "skip" and not is_profitable(layer):
+            skipped.append(name)
+            continue
         replacements[name] = layer
+        rows.append(_report(name, layer, adapter_name, factors.s))
+    if not replacements:
+        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: lower alpha ({config.alpha})")
     if cache:
         cache.trim()
     model.requires_grad_(False)
     for name, layer in replacements.items():
         replace_module(model, name, layer)
-    return InjectionReport(rows, time.perf_counter() - start)
+    return InjectionReport(rows, skipped, time.perf_counter() - start)
+
+
+def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: torch.Tensor) -> LayerReport:
+    energy = singular_values.square()
+    core = layer.cores[adapter_name]
+    return LayerReport(
+        name=name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        kept_rank=layer.kept_rank,
+        core_rank=core.rank,
+        core_parameters=sum(parameter.numel() for parameter in core.parameters()),
+        frozen_parameters=sum(buffer.numel() for buffer in layer.buffers()),
+        kept_energy=float(energy[: layer.kept_rank].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)),
+    )
 
 
 def _progress(layers: Iterable[tuple[str, nn.Linear]], show: bool) -> Iterable[tuple[str, nn.Linear]]:

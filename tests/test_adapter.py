@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cersa_diffusion as cersa
-from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaLinear, ConfigError, NonFiniteError
+from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError, NonFiniteError
+from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition, decompose
+
+from .conftest import train
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_weight_change_survives_other_singular_vectors(adapter, monkeypatch):
     monkeypatch.setenv("CERSA_CACHE", "off")
     monkeypatch.setattr("cersa_diffusion.cache.decompose", other_solver)
     cersa.load_adapter(base, path, show_progress=False)
-    assert not torch.allclose(base[0].cores["default"], model[0].cores["default"])
+    assert not torch.allclose(base[0].cores["default"].D, model[0].cores["default"].D)
     assert max(change_errors(base, model)) <= 0.005
 
 
@@ -69,7 +72,7 @@ def test_float32_storage_is_exact_to_rounding(trained, tmp_path):
 def test_tiny_changes_do_not_drown_in_sixteen_bits(trained, tmp_path):
     base, model = trained
     for layer in (model[0], model[2], model[4]):
-        layer.cores["default"].data.mul_(1e-7)
+        layer.cores["default"].D.data.mul_(1e-7)
     cersa.save_adapter(model, tmp_path / "a.safetensors")
     cersa.load_adapter(base, tmp_path / "a.safetensors", show_progress=False)
     assert max(change_errors(base, model)) <= 0.005
@@ -134,7 +137,7 @@ def test_file_follows_the_umask_and_saving_twice_gives_the_same_bytes(trained, t
 def test_diverged_adapter_is_not_written_over_a_good_one(adapter):
     _, model, path = adapter
     good = path.read_bytes()
-    model[2].cores["default"].data[0, 0] = torch.nan
+    model[2].cores["default"].D.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"model\.2"):
         cersa.save_adapter(model, path)
     assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
@@ -206,3 +209,27 @@ def test_a_missing_file_and_an_adapter_that_is_not_there(network, tmp_path):
     with pytest.raises(ConfigError, match="inject or load it first"):
         cersa.save_adapter(network, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CersaConfig(alpha=0.95, beta=0.6, block="bottom"),
+        CersaConfig(rank=6, core="diagonal"),
+        svfit_config(rank=12),
+        svft_config("random", off_diagonals=1),
+    ],
+    ids=["bottom", "diagonal", "svfit", "svft"],
+)
+def test_every_setting_saves_and_loads(network, config, tmp_path):
+    torch.manual_seed(2)
+    model = copy.deepcopy(network)
+    cersa.inject_cersa(model, config, show_progress=False)
+    train(model)
+    cersa.save_adapter(model, tmp_path / "a.safetensors")
+    cersa.load_adapter(network, tmp_path / "a.safetensors", show_progress=False)
+    assert max(change_errors(network, model)) <= 0.005
+    x = torch.randn(8, 48)
+    torch.testing.assert_close(network(x), model(x), rtol=5e-3, atol=5e-3)
+    cersa.restore_base(network)
+    assert isinstance(network[0], nn.Linear)

@@ -19,7 +19,7 @@ def test_info_tells_base_settings_training_and_layers(trained, tmp_path, capsys)
 
 def test_info_of_something_else_is_one_line(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(SystemExit, match="error: .*not a readable safetensors file"):
+    with pytest.raises(SystemExit, match=r"error: .*not a readable safetensors file"):
         main(["info", str(tmp_path / "a.safetensors")])
 
 

@@ -22,3 +22,27 @@ def test_dictionary_round_trip_and_unknown_settings():
     assert CersaConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="gamma"):
         CersaConfig.from_dict({"gamma": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"core": "tensor"}, "core is 'tensor', expected one of 'matrix', 'diagonal', 'sparse'"),
+        ({"residual": "maybe"}, "residual"),
+        ({"unprofitable": "x"}, "unprofitable"),
+        ({"sparse_pattern": "x"}, "sparse_pattern"),
+        ({"off_diagonals": -1}, "off_diagonals"),
+        ({"block": "bottom"}, "set beta below alpha"),
+        ({"core": "sparse", "beta": 0.5}, "leave beta out"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        CersaConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"off_diagonals": 2}, {"rank": 4, "beta": 0.5}])
+def test_ignored_settings_are_said(settings):
+    with pytest.warns(UserWarning, match="ignored"):
+        CersaConfig(**settings)

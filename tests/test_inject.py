@@ -8,6 +8,7 @@ from torch import nn
 
 import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, CersaLinear, ConfigError, NonFiniteError
+from cersa_diffusion.baselines import svfit_config, svft_config
 
 from .conftest import train
 
@@ -16,7 +17,7 @@ def test_only_cores_train_and_frozen_factors_do_not_move(network):
     cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
     frozen = {name: buffer.clone() for name, buffer in network.named_buffers()}
     biases = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
-    assert {name for name, p in network.named_parameters() if p.requires_grad} == {f"{i}.cores.default" for i in (0, 2, 4)}
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {f"{i}.cores.default.D" for i in (0, 2, 4)}
     train(network)
     assert all(torch.equal(buffer, frozen[name]) for name, buffer in network.named_buffers())
     assert all(torch.equal(network.get_parameter(name), bias) for name, bias in biases.items())
@@ -116,3 +117,50 @@ def test_attention_that_reads_its_own_weight_is_left_alone():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     report = cersa.inject_cersa(model, CersaConfig(), show_progress=False)
     assert [row.name for row in report.layers] == ["linear1", "linear2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "trained", "offset"),
+    [
+        ({"rank": 5}, 5, 25, 0),
+        ({"rank": 1000}, 24, 576, 0),
+        ({"rank": 5, "core": "diagonal", "residual": "keep"}, 5, 5, 0),
+        ({"alpha": 0.95, "beta": 0.5, "block": "bottom"}, None, None, None),
+    ],
+)
+def test_settings_of_ranks_and_cores(network, settings, kept, trained, offset):
+    cersa.inject_cersa(network, CersaConfig(**settings), show_progress=False)
+    layer, core = network[4], network[4].cores["default"]
+    if kept is None:
+        assert core.offset == layer.kept_rank - core.rank > 0
+    else:
+        assert (layer.kept_rank, core.offset) == (kept, offset)
+        assert sum(parameter.numel() for parameter in core.parameters()) == trained
+    train(network, steps=2)
+    assert layer.weight_change().abs().max() > 0
+
+
+def test_svfit_and_svft_count_their_parameters_as_in_the_papers(network):
+    first, second, third = network, copy.deepcopy(network), copy.deepcopy(network)
+    x = torch.randn(8, 48)
+    expected = network(x)
+    report = cersa.inject_cersa(first, svfit_config(rank=30), show_progress=False)
+    assert [row.core_parameters for row in report.layers] == [30, 30, 24]
+    torch.testing.assert_close(first(x), expected, rtol=1e-4, atol=1e-5)
+    # SVFT-plain trains p values and the gate, banded p (2 d + 1) - d (d + 1) and the gate.
+    plain = cersa.inject_cersa(second, svft_config(), show_progress=False)
+    assert [row.core_parameters for row in plain.layers] == [41, 41, 25]
+    banded = cersa.inject_cersa(third, svft_config("top_k", off_diagonals=2), show_progress=False)
+    assert [row.core_parameters for row in banded.layers] == [p * 5 - 6 + 1 for p in (40, 40, 24)]
+
+
+def test_unprofitable_layers_can_be_left_dense(network):
+    network[4].weight.data.copy_(torch.linalg.qr(torch.randn(64, 24)).Q.T)  # flat spectrum: every component counts
+    report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, unprofitable="skip"), show_progress=False)
+    assert report.skipped == ["4"] and isinstance(network[4], nn.Linear) and "1 left dense" in str(report)
+    assert not network[4].weight.requires_grad
+    flat = nn.Sequential(nn.Linear(24, 24))
+    flat[0].weight.data.copy_(torch.eye(24))
+    with pytest.raises(ConfigError, match="leaves none of the 1 layers"):
+        cersa.inject_cersa(flat, CersaConfig(unprofitable="skip"), show_progress=False)
+    assert isinstance(flat[0], nn.Linear) and flat[0].weight.requires_grad

@@ -110,7 +110,7 @@ def test_dtype_move_after_loading_keeps_the_cores(base_path, changed):
     pipeline.to(torch.bfloat16)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
     layers = [module for module in pipeline.unet.modules() if isinstance(module, CersaLinear)]
-    assert all(layer.cores["default_0"].dtype == layer.s.dtype == torch.float32 for layer in layers)
+    assert all(layer.cores["default_0"].D.dtype == layer.s.dtype == torch.float32 for layer in layers)
     assert torch.isfinite(picture(pipeline).float()).all()
 
 

@@ -78,7 +78,7 @@ def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_pat
     base = load_base(config.pretrained_model_name_or_path)
     run = DreamBoothRun(config, base, Accelerator())
     names = {n for model in run.components.values() for n, p in model.named_parameters() if p.requires_grad}
-    assert names and all(name.endswith(".cores.default") for name in names)
+    assert names and all(name.endswith(".cores.default.D") for name in names)
     frozen = {
         f"{part}.{name}": tensor.detach().clone()
         for part in ("unet", "text_encoder", "vae")
@@ -91,7 +91,7 @@ def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_pat
         now = dict((*getattr(base, part).named_buffers(), *getattr(base, part).named_parameters()))[name]
         assert torch.equal(now, before), key
     assert all(
-        layer.cores["default"].abs().max() > 0
+        layer.cores["default"].D.abs().max() > 0
         for model in run.components.values()
         for layer in model.modules()
         if isinstance(layer, CersaLinear)
@@ -174,7 +174,7 @@ def test_bf16_keeps_cores_and_optimizer_in_float32(settings, tmp_path):
     base = load_base(config.pretrained_model_name_or_path)
     run = DreamBoothRun(config, base, Accelerator(mixed_precision="bf16"))
     layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    assert layer.U.dtype == torch.bfloat16 and layer.s.dtype == layer.cores["default"].dtype == torch.float32
+    assert layer.U.dtype == torch.bfloat16 and layer.s.dtype == layer.cores["default"].D.dtype == torch.float32
     run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
     moments = [t for state in run.optimizer.state.values() for t in state.values() if t.ndim == 2]
     assert moments and all(moment.dtype == torch.float32 for moment in moments)
