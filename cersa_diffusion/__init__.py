@@ -6,6 +6,15 @@ Importing this package gives `load_cersa_weights` and `unload_cersa_weights` to 
 from importlib.util import find_spec
 
 from cersa_diffusion.adapter import load_adapter, save_adapter
+from cersa_diffusion.composition import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    delete_adapters,
+    disable_adapters,
+    enable_adapters,
+    set_adapters,
+)
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
@@ -28,11 +37,18 @@ __all__ = [
     "ConfigError",
     "InjectionReport",
     "NonFiniteError",
+    "active_adapters",
+    "adapter_names",
+    "add_adapter",
+    "delete_adapters",
+    "disable_adapters",
+    "enable_adapters",
     "inject_cersa",
     "load_adapter",
     "merge",
     "restore_base",
     "save_adapter",
+    "set_adapters",
     "trainable_parameters",
 ]
 __version__ = "0.1.0"

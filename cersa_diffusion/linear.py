@@ -49,6 +49,7 @@ class CersaLinear(KeepsFloat32):
         self.bias = bias
         self.cores = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
+        self.enabled = True
         # In a tuple, so that it is no part of the module: not in the state dict, not moved to the GPU.
         kept = None if dense_weight is None else dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
         self._dense = (kept,)
@@ -88,13 +89,13 @@ class CersaLinear(KeepsFloat32):
         del self.cores[adapter_name], self.strengths[adapter_name]
 
     def active_core(self) -> tuple[Tensor | None, int]:
-        """The weighted sum of the cores whose strength is not zero, and its first component.
+        """The weighted sum of the cores whose strength is not zero, and its first component; none while disabled.
 
         Returns:
             (r, r) or diagonal (r,) float32 tensor, or None when no core is active; and the offset.
         """
         active = [(self.cores[name], strength) for name, strength in self.strengths.items() if strength != 0]
-        if not active:
+        if not active or not self.enabled:
             return None, 0
         if len(active) == 1:
             core, strength = active[0]
