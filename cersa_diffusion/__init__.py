@@ -19,6 +19,7 @@ from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
 from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.planner import MemoryPlan, plan_memory
 
 # The core works without diffusers: other torch models, smaller installations.
 if find_spec("diffusers"):
@@ -36,6 +37,7 @@ __all__ = [
     "CersaLinear",
     "ConfigError",
     "InjectionReport",
+    "MemoryPlan",
     "NonFiniteError",
     "active_adapters",
     "adapter_names",
@@ -46,6 +48,7 @@ __all__ = [
     "inject_cersa",
     "load_adapter",
     "merge",
+    "plan_memory",
     "restore_base",
     "save_adapter",
     "set_adapters",

@@ -83,7 +83,8 @@ def cersa_linear(
 ) -> Tensor:
     """``y = U (s * h + pad(D h[o:o+r])) + R x + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
 
-    Thin products under plain autograd: with frozen factors only `h` (tokens x k) is saved for the backward pass.
+    Thin products under plain autograd: with frozen factors only the changed part of `h` (tokens x r) is saved for the backward
+    pass.
 
     Args:
         x: (..., n) input.
@@ -101,7 +102,8 @@ def cersa_linear(
     scaled = (h * s).to(h.dtype)
     if core is not None:
         rank = core.shape[0]
-        region = h[..., offset : offset + rank]
+        # A copy where the core is smaller than h: a view would keep all of h for the backward pass.
+        region = h[..., offset : offset + rank].contiguous()
         change = (region * core).to(h.dtype) if core.ndim == 1 else F.linear(region, core.to(h.dtype))
         scaled = scaled + F.pad(change, (offset, h.shape[-1] - offset - rank))
     if residual is not None:

@@ -1,5 +1,7 @@
 """The `cersa` command."""
 
+import json
+
 import pytest
 import torch
 
@@ -33,3 +35,34 @@ def test_cache_info_and_clear(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CERSA_CACHE", "off")
     main(["cache", "info"])
     assert "off" in capsys.readouterr().out
+
+
+def test_plan_of_a_pipeline_as_json_and_picture(base_path, tmp_path, capsys):
+    picture = tmp_path / "plan.png"
+    options = ["--alpha", "0.9", "--beta", "0.8", "--rank", "8", "--batch", "2", "--dtype", "bfloat16"]
+    main(["plan", str(base_path), *options, "--format", "json", "--plot", str(picture)])
+    plan = json.loads(capsys.readouterr().out)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {layer["name"].partition(".")[0] for layer in plan["layers"]} == {"unet", "text_encoder"}
+    assert all(0 < layer["core_rank"] <= layer["kept_rank"] for layer in plan["layers"])
+    assert all(layer["memory"]["lora"]["activations"] > 0 for layer in plan["layers"])
+    assert (plan["lora_rank"], plan["weight_dtype"], plan["activations_counted"]) == (8, "bfloat16", True)
+
+
+def test_plan_as_tables(base_path, capsys):
+    main(["plan", str(base_path), "--optimizer", "adafactor"])
+    shown = capsys.readouterr().out
+    assert "unet to_out.0" in shown and "LoRA r=32" in shown and "optimizer adafactor" in shown
+    assert "activations are not counted" in shown
+    main(["plan", str(base_path), "--format", "markdown", "--resolution", "32"])
+    shown = capsys.readouterr().out
+    assert "| text_encoder q_proj" in shown and "| saved activations" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--alpha", "2"], "alpha is 2.0"), (["--batch", "0"], "batch is 0"), (["--rank", "0"], "lora_rank is 0")],
+)
+def test_plan_with_settings_that_cannot_be_is_one_line(base_path, options, named):
+    with pytest.raises(SystemExit, match=f"error: {named}"):
+        main(["plan", str(base_path), *options])

@@ -1,0 +1,297 @@
+"""The memory plan against what tensors really occupy, what autograd really keeps, and the paper's formulas."""
+
+import copy
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cersa_diffusion as cersa
+from cersa_diffusion import CersaConfig, ConfigError
+from cersa_diffusion.cache import DecompositionCache
+from cersa_diffusion.inject import match_targets
+from cersa_diffusion.memory import DenseLayer, adamw8bit_bytes, cersa_memory, full_memory, lora_memory, not_smaller
+from cersa_diffusion.plan_report import compression_rate, plot_plan
+from cersa_diffusion.planner import METHODS, MemoryUse, layer_kind, plan_memory
+from cersa_diffusion.tokens import LayerInput, count_tokens, pipeline_tokens
+
+LORA_RANK = 5
+CONFIG = CersaConfig(alpha=0.9, beta=0.7)
+REAL_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}
+
+
+@pytest.fixture
+def mixed(network) -> nn.Module:
+    """The small network with what no method touches: a norm, a convolution, and a buffer of integers."""
+    model = nn.Sequential(nn.Unflatten(1, (3, 16)), nn.Conv1d(3, 3, 1), nn.Flatten(), nn.LayerNorm(48), *network)
+    model.register_buffer("positions", torch.arange(7))
+    return model
+
+
+class Attention(nn.Module):
+    """Three layers that are given the same tensor, one of them as a view, one that is given its own, one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(24, 20, bias=bias) for bias in (True, True, False))
+        self.to_out = nn.ModuleList([nn.Linear(20, 24)])
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.to_out[0](self.to_q(x) + self.to_k(x) + self.to_v(x.view(-1, 24)).view(*x.shape[:-1], 20))
+
+
+def prepare(model: nn.Module, method: str, dtype: torch.dtype, config: CersaConfig = CONFIG) -> None:
+    """What the trainer does to a model."""
+    names = list(match_targets(model, config.target_modules))
+    if method == "cersa":
+        cersa.inject_cersa(model, config, show_progress=False)
+    elif method == "lora":
+        model.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names), model)
+    else:
+        model.requires_grad_(False)
+        for name in names:
+            model.get_submodule(name).weight.requires_grad_(True)
+    if method != "full":
+        model.to(dtype)
+        cast_training_params(model, dtype=torch.float32)
+
+
+def occupied(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", REAL_OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_tensors_after_a_step(mixed, method, optimizer, dtype):
+    plan = plan_memory(mixed, CONFIG, lora_rank=LORA_RANK, optimizer=optimizer, weight_dtype=dtype, show_progress=False)
+    prepare(mixed, method, dtype)
+    trained = cersa.trainable_parameters(mixed)
+    steps = REAL_OPTIMIZERS[optimizer](trained, lr=1e-3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        mixed(torch.randn(4, 48)).float().square().mean().backward()
+    steps.step()
+    expected = MemoryUse(
+        frozen=occupied([p for p in mixed.parameters() if not p.requires_grad]) + occupied(mixed.buffers()),
+        trained=occupied(trained),
+        gradients=occupied(p.grad for p in trained),
+        optimizer=occupied(t for state in steps.state.values() for t in state.values() if isinstance(t, torch.Tensor)),
+    )
+    assert plan.totals()["whole_model"][method] == expected
+
+
+def kept_by_autograd(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass saves for the backward pass, every storage once, without the model's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        model(x.clone())  # not a leaf, as inside a model: autocast would keep one cast of a leaf for all layers
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [CersaConfig(alpha=0.9), CONFIG], ids=["alpha", "beta"])
+def test_saved_activations_are_what_autograd_keeps(method, dtype, config):
+    model, x = nn.Sequential(nn.Linear(48, 40)), torch.randn(3, 11, 48, requires_grad=True)
+    tokens = {"model.0": LayerInput(33)}
+    plan = plan_memory(model, config, lora_rank=LORA_RANK, weight_dtype=dtype, tokens=tokens, show_progress=False)
+    prepare(model, method, dtype, config)
+    assert plan.layers[0].memory[method].activations == kept_by_autograd(model, x, dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_of_several_layers_is_kept_once_in_float32(method, dtype):
+    model, x = Attention(), torch.randn(2, 7, 24, requires_grad=True)
+    tokens = count_tokens(model, lambda: model(x))
+    plan = plan_memory(model, CONFIG, lora_rank=LORA_RANK, weight_dtype=dtype, tokens=tokens, show_progress=False)
+    prepare(model, method, dtype)
+    assert plan.totals()["target_layers"][method].activations == kept_by_autograd(model, x, dtype)
+
+
+def test_tokens_are_counted_with_and_without_data():
+    model, x = Attention(), torch.randn(2, 7, 24)
+    tokens = count_tokens(model, lambda: model(x))
+    assert {name: given.rows for name, given in tokens.items()} == {
+        "model.to_q": 14, "model.to_k": 14, "model.to_v": 14, "model.to_out.0": 14, "model.unused": 0,
+    }  # fmt: skip
+    assert tokens["model.to_q"] == tokens["model.to_k"] == tokens["model.to_v"] != tokens["model.to_out.0"]
+
+    def without_data():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(torch.zeros(2, 7, 24))
+
+    assert count_tokens({"model": model}, without_data) == tokens
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_layer_that_runs_twice_counts_twice():
+    layer = nn.Sequential(nn.Linear(6, 6))
+    assert count_tokens(layer, lambda: layer(layer(torch.zeros(5, 6)))) == {"model.0": LayerInput(10)}
+
+
+def test_an_input_kept_by_a_layer_that_is_no_target_counts():
+    model, x = Attention(), torch.randn(2, 7, 24)
+    tokens = count_tokens(model, lambda: model(x))
+    plan = plan_memory(model, CersaConfig(target_modules=["to_k", "to_v"]), tokens=tokens, show_progress=False)
+    assert [layer.memory["full"].activations for layer in plan.layers] == [14 * 24 * 4, 0]
+
+
+def test_pipeline_tokens_are_those_of_a_real_pass(base_path):
+    from cersa_diffusion.training.base import load_base
+
+    pipeline = load_base(str(base_path))
+    unet, text_encoder, length = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer.model_max_length
+
+    @torch.no_grad()
+    def real():
+        states = text_encoder(torch.zeros(1, length, dtype=torch.long))[0].repeat(2, 1, 1)
+        unet(torch.zeros(2, unet.config.in_channels, 4, 4), torch.zeros(2, dtype=torch.long), states)
+
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    tokens = pipeline_tokens(pipeline, 2, 4 * factor)
+    assert tokens == count_tokens({"unet": unet, "text_encoder": text_encoder}, real)
+    states = {name: given for name, given in tokens.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert len(set(states.values())) == 1 and {given.rows for given in states.values()} == {2 * length}
+    for batch, resolution, named in ((0, 64, "batch is 0"), (1, 4 * factor + 1, "resolution is"), (1, 0, "resolution is 0")):
+        with pytest.raises(ConfigError, match=named):
+            pipeline_tokens(pipeline, batch, resolution)
+
+
+def test_numbers_are_those_of_table_1():
+    m, n, k, r = 70, 50, 20, 6
+    layer, steps = DenseLayer(m, n, bias=False, dtype=torch.float32), 1
+    assert cersa_memory(layer, k, r).total == 4 * (m * k + n * k + 4 * r * r + k + steps)
+    assert lora_memory(layer, r).total == 4 * (m * n + 4 * m * r + 4 * n * r + 2 * steps)
+    assert full_memory(layer).total == 4 * (4 * m * n + steps)
+
+
+def test_8_bit_states_follow_bitsandbytes():
+    assert adamw8bit_bytes(63, 65) == 2 * 4 * 4095  # under 4,096 numbers: 32-bit
+    assert adamw8bit_bytes(64, 64) == 2 * (4096 + 16 * 4)
+    assert adamw8bit_bytes(65, 65) == 2 * (4225 + 17 * 4)
+
+
+def test_a_layer_is_marked_where_factors_are_no_smaller(network):
+    for m, n in ((5, 5), (4, 9), (12, 3)):
+        layer = DenseLayer(m, n, bias=True, dtype=torch.float32)
+        for k in range(1, min(m, n) + 1):
+            for r in range(1, k + 1):
+                numbers = torch.empty(m, k).numel() + torch.empty(k, n).numel() + torch.empty(r, r).numel()
+                assert not_smaller(layer, k, r) == (numbers >= torch.empty(m, n).numel())
+    nn.init.orthogonal_(network[4].weight)  # a flat spectrum: almost all of it is kept
+    plan = plan_memory(network, CONFIG, show_progress=False)
+    assert [layer.unprofitable for layer in plan.layers] == [False, False, True] and all(layer.factored for layer in plan.layers)
+    assert "1 of 3 layers are marked" in str(plan)
+
+
+def test_layers_that_are_skipped_stay_dense_and_frozen(network):
+    nn.init.orthogonal_(network[4].weight)
+    config = dataclasses.replace(CONFIG, unprofitable="skip")
+    plan = plan_memory(network, config, tokens={f"model.{i}": LayerInput(9) for i in (0, 2, 4)}, show_progress=False)
+    report = cersa.inject_cersa(network, config, show_progress=False)
+    assert [layer.name for layer in plan.layers if not layer.factored] == ["model.4"] and report.skipped == ["4"]
+    total = plan.totals()["whole_model"]["cersa"]
+    assert total.frozen + total.trained == occupied(network.parameters()) + occupied(network.buffers())
+    assert plan.layers[2].memory["cersa"].activations == 0 and "1 of them stay dense and frozen" in str(plan)
+
+
+def test_ranks_are_those_of_the_injection_which_finds_its_decompositions(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("CERSA_CACHE", str(tmp_path))
+    plan = plan_memory({"net": network}, {"net": CONFIG}, show_progress=False)
+    assert DecompositionCache.default().info().entries == 3
+    monkeypatch.setattr("cersa_diffusion.cache.decompose", None)
+    report = cersa.inject_cersa(network, CONFIG, show_progress=False)
+    planned = [(layer.name, layer.kept_rank, layer.core_rank) for layer in plan.layers]
+    assert planned == [(f"net.{row.name}", row.kept_rank, row.core_rank) for row in report.layers]
+
+
+def test_planning_leaves_the_model_alone(mixed):
+    before = copy.deepcopy(mixed.state_dict())
+    plan_memory(mixed, CONFIG, show_progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mixed.state_dict().items())
+    assert all(parameter.requires_grad for parameter in mixed.parameters())
+
+
+def test_kinds_of_layers():
+    names = ("mid.attn1.to_q", "attn.to_out.0", "ff.net.2", "ff.net.0.proj", "0", "time_emb.linear_1")
+    assert [layer_kind(name) for name in names] == ["to_q", "to_out.0", "net.2", "proj", "0", "linear_1"]
+
+
+def test_the_report_says_plainly_when_cersa_costs_more(network):
+    for alpha, more in ((1.0, True), (0.3, False)):
+        plan = plan_memory(network, CersaConfig(alpha=alpha), lora_rank=4, show_progress=False)
+        targets = plan.totals()["target_layers"]
+        assert (targets["cersa"].total > targets["lora"].total) is more
+        assert ("CERSA costs MORE memory than LoRA" in str(plan)) is more
+        assert "activations are not counted" in str(plan)
+
+
+def test_markdown_holds_the_cells_of_the_text(network):
+    plan = plan_memory(network, CONFIG, optimizer="adamw8bit", show_progress=False)
+    rows = [line for line in plan.to_markdown().splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows[:5]}) == 1 and rows[1].startswith("| ---")
+    cells = {cell.strip() for line in rows for cell in line.split("|")} - {""}
+    assert all(cell in str(plan) for cell in cells if not cell.startswith("--"))
+    assert "not measured" in str(plan)
+
+
+def test_dictionary_is_json_and_adds_up(network):
+    values = json.loads(json.dumps(plan_memory(network, CONFIG, lora_rank=3, show_progress=False).to_dict()))
+    for method in METHODS:
+        total = sum(layer["memory"][method]["total"] for layer in values["layers"])
+        assert values["totals"]["target_layers"][method]["total"] == total
+        assert values["totals"]["whole_model"][method]["total"] == total + values["untouched"][method]
+    assert (values["lora_rank"], values["optimizer"], values["weight_dtype"]) == (3, "adamw", "as loaded")
+
+
+def test_compression_rate_and_plot(network, tmp_path):
+    plan = plan_memory(network, CONFIG, show_progress=False)
+    numbers = [(40, 48, 3), (64, 40, 5), (24, 64, 7)]
+    expected = sum(m * r + n * r + 4 * r * r for m, n, r in numbers) / sum(m * n for m, n, _ in numbers)
+    assert compression_rate(plan.layers, [3, 5, 7]) == pytest.approx(expected)
+    plot_plan(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for path in (tmp_path / "none" / "plan.png", tmp_path / "plan.nothing"):
+        with pytest.raises(ConfigError, match=r"cannot be written.*\.png"):
+            plot_plan(plan, path)
+
+
+def test_plot_without_matplotlib_names_the_extra(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plan = plan_memory(network, CONFIG, show_progress=False)
+    with pytest.raises(ConfigError, match=r"cersa-diffusion\[plot\]"):
+        plot_plan(plan, tmp_path / "plan.png")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"optimizer": "lion"}, "optimizer is 'lion', expected one of"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"tokens": {"model.0": LayerInput(3)}}, "nothing about layer model.2"),
+        ({"config": {"unet": CONFIG}}, r"given for \['unet'\], the model has the components \['model'\]"),
+        ({"config": CersaConfig(core="diagonal")}, "core='diagonal'"),
+        ({"config": CersaConfig(residual="keep")}, "residual='keep'"),
+    ],
+)
+def test_settings_that_cannot_be_planned_are_refused(network, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        plan_memory(network, **({"config": CONFIG, "show_progress": False} | settings))
