@@ -75,8 +75,8 @@ def adamw_bytes(rows: int, columns: int) -> int:
 def adamw8bit_bytes(rows: int, columns: int) -> int:
     """State of `bitsandbytes.optim.AdamW8bit` for one matrix, by its source (0.50.2), not measured.
 
-    Block-wise: matrices under 4,096 numbers keep 32-bit moments; the others a byte per number and moment and a float32 maximum per block of
-    256 numbers. The two tables of 256 values that all matrices share are left out.
+    Block-wise 8-bit moments: matrices under 4,096 numbers keep 32-bit moments; the others a byte per number and moment and a
+    float32 maximum per block of 256 numbers. The two tables of 256 values that all matrices share are left out.
     """
     elements = rows * columns
     moment = elements * FLOAT32 if elements < 4096 else elements + math.ceil(elements / 256) * FLOAT32
