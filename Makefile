@@ -36,7 +36,7 @@ bench: $(INSTALLED)
 
 base: $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable ".[base]"
-	$(RUN) scripts/build_base.py
+	GOMP_SPINCOUNT=2000 $(RUN) scripts/build_base.py
 
 clean:
 	rm -rf outputs build

@@ -1,0 +1,1 @@
+"""Builds the embedded models and the subject from openly licensed emoji artwork: fetch, render, train, write."""

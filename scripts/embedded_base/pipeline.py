@@ -1,0 +1,176 @@
+"""Writes the diffusers pipeline, and draws sheets of samples with it."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextModel
+
+from .captions import background, look
+from .settings import COLOURS, PICTURE_SIZE, STYLES, Folders
+from .tokenizer import load_tokenizer
+
+SAMPLE_STEPS = 25
+SAMPLE_GUIDANCE = 4.0
+SAMPLE_NAMES = (
+    "a smiling face with sunglasses",
+    "a crying face",
+    "a smiling face with heart-eyes",
+    "an alien",
+    "a skull",
+    "a panda",
+    "a fox",
+    "a frog",
+    "a penguin",
+    "a whale",
+    "an octopus",
+    "a lady beetle",
+    "a red apple",
+    "a banana",
+    "a strawberry",
+    "a hamburger",
+    "a pizza",
+    "a carrot",
+    "a red heart",
+    "a rose",
+    "a rocket",
+    "an automobile",
+    "a gem stone",
+    "a house",
+)
+
+
+def sampling_scheduler() -> DDIMScheduler:
+    """The scheduler the pipeline is shipped with: the same noise as in training."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def write_pipeline(
+    folders: Folders, target: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, autoencoder: AutoencoderKL
+) -> None:
+    """Write a pipeline in half precision.
+
+    Args:
+        folders: Where the build works.
+        target: Folder of the pipeline.
+        unet: The denoiser.
+        text_encoder: The text encoder.
+        autoencoder: The autoencoder.
+    """
+    for part in (unet, autoencoder):
+        # Or the written configuration names the work folder of this machine.
+        part.register_to_config(_name_or_path="")
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=load_tokenizer(folders),
+        unet=unet.half(),
+        scheduler=sampling_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(target)
+    for path in target.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def load_pipeline(path: Path) -> StableDiffusionPipeline:
+    """The written pipeline in full precision.
+
+    Args:
+        path: Its folder.
+    """
+    with warnings.catch_warnings(action="error"):
+        pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0) -> list[Image.Image]:
+    """One picture for each prompt.
+
+    Args:
+        pipeline: The pipeline.
+        prompts: What to draw.
+        seed: The first noise's seed; it rises by one from prompt to prompt.
+    """
+    result = []
+    for start in range(0, len(prompts), 24):
+        chunk = prompts[start : start + 24]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+        result += pipeline(
+            chunk,
+            height=PICTURE_SIZE,
+            width=PICTURE_SIZE,
+            num_inference_steps=SAMPLE_STEPS,
+            guidance_scale=SAMPLE_GUIDANCE,
+            generator=generators,
+        ).images
+    return result
+
+
+def sheet(pictures: list[Image.Image], columns: int, labels: list[str]) -> Image.Image:
+    """Pictures side by side, each row with a label above it.
+
+    Args:
+        pictures: The pictures, row by row.
+        columns: Pictures a row.
+        labels: One text a row.
+    """
+    gap, head = 4, 14
+    step = PICTURE_SIZE + gap
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (gap + columns * step, rows * (step + head)), "white")
+    writer = ImageDraw.Draw(canvas)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        canvas.paste(picture, (gap + column * step, row * (step + head) + head))
+    for row, label in enumerate(labels):
+        writer.text((gap, row * (step + head) + 1), label, fill="black")
+    return canvas
+
+
+def sample_prompts(names: tuple[str, ...] = SAMPLE_NAMES) -> list[str]:
+    """Prompts of the sample sheet: every name in every style, the backgrounds taking turns.
+
+    Args:
+        names: What to draw, with articles.
+    """
+    colours = list(COLOURS)
+    prompts = []
+    for row, style in enumerate(STYLES):
+        for column, name in enumerate(names):
+            colour = colours[(column + 3 * row) % len(colours)]
+            prompts.append(f"a {look(style)} of {name}{background(colour)}")
+    return prompts
+
+
+def write_sample_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Draw the sample sheet: 24 names in four styles.
+
+    Args:
+        pipeline: The pipeline.
+        path: Where the picture goes.
+    """
+    pictures = draw_samples(pipeline, sample_prompts())
+    half = len(SAMPLE_NAMES) // 2
+    order = []
+    for first in (0, half):
+        for row in range(len(STYLES)):
+            start = row * len(SAMPLE_NAMES) + first
+            order += pictures[start : start + half]
+    labels = []
+    for names in (SAMPLE_NAMES[:half], SAMPLE_NAMES[half:]):
+        words = ", ".join(name.split(" ", 1)[1] for name in names)
+        labels += [f"{style}: {words}" if style == STYLES[0] else style for style in STYLES]
+    sheet(order, half, labels).save(path, optimize=True)
