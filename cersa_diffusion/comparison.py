@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 46
+CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
 
 
 def generate(

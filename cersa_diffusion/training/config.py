@@ -57,6 +57,9 @@ class DreamBoothConfig:
     learning_rate: float = _option(
         5e-4, "Learning rate. The right one differs by method and decides more than the method: try a few."
     )
+    text_encoder_lr: float | None = _option(
+        None, "Learning rate of the text encoder. Default: learning_rate; a tenth of it forgets fewer other prompts."
+    )
     lr_scheduler: str = _option("constant", "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup.")
     lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
     adam_beta1: float = _option(0.9, "AdamW beta1.")
@@ -81,8 +84,9 @@ class DreamBoothConfig:
                      "gradient_accumulation_steps", "checkpointing_steps", "num_validation_images"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}, expected more than 0")
+        for name in ("learning_rate", "text_encoder_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ConfigError("checkpoints_total_limit must be at least 1, or left out to keep all")
         self._check_prior()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.inject import trainable_parameters
 from cersa_diffusion.training.base import load_base, sample_class_pictures
 from cersa_diffusion.training.checkpoints import (
     checkpoint_step,
@@ -169,13 +170,16 @@ class DreamBoothRun:
         self.prepare_seconds = time.perf_counter() - start
         self._set_precision(base)
         self.optimizer = torch.optim.AdamW(
-            [parameter for model in self.components.values() for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
+            [{"params": trainable_parameters(model), "lr": self._learning_rate(name)} for name, model in self.components.items()],
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
         )
         self.seconds, self.losses = 0.0, []
+
+    def _learning_rate(self, component: str) -> float:
+        own = self.config.text_encoder_lr if component == "text_encoder" else None
+        return self.config.learning_rate if own is None else own
 
     def _set_precision(self, base: StableDiffusionPipeline) -> None:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
@@ -222,7 +226,7 @@ class DreamBoothRun:
                     loss = self.loss(batch, prepared)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(self.optimizer.param_groups[0]["params"], config.max_grad_norm)
+                        accelerator.clip_grad_norm_(self._trained(), config.max_grad_norm)
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
@@ -238,6 +242,9 @@ class DreamBoothRun:
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {step}; checkpoint-{step} is in {output_dir}")
             self.seconds = time.perf_counter() - start
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _batches(self, instance_paths: list[Path], class_paths: list[Path], step: int) -> DataLoader:
         config = self.config
@@ -320,15 +327,23 @@ class DreamBoothRun:
         config = self.config
         for model in self.components.values():
             model.eval()
-        facts = {
-            "method": config.method, "steps": config.max_train_steps, "learning_rate": config.learning_rate,
-            "train_batch_size": config.train_batch_size, "resolution": config.resolution, "seed": config.seed,
-            "instance_prompt": config.instance_prompt, "class_prompt": config.class_prompt,
+        shown = (
+            "method",
+            "learning_rate",
+            "text_encoder_lr",
+            "train_batch_size",
+            "resolution",
+            "seed",
+            "instance_prompt",
+            "class_prompt",
+        )
+        facts = {name: getattr(config, name) for name in shown} | {
+            "steps": config.max_train_steps,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
             "python": platform.python_version(),
-        }  # fmt: skip
+        }
         weights_path = self.method.save(self.components, output_dir, facts)
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        trained = self._trained()
         held = {id(t): t for model in self.components.values() for t in (*model.parameters(), *model.buffers())}
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         tail = self.losses[-max(1, len(self.losses) // 10) :]

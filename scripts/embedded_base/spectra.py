@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from cersa_diffusion.functional import energy_rank
+
 ENERGIES = (0.8, 0.9, 0.95)
 
 
@@ -27,9 +29,8 @@ def kept_shares(weight: torch.Tensor) -> list[float]:
     Args:
         weight: A matrix.
     """
-    squares = torch.linalg.svdvals(weight.float()).square()
-    held = squares.cumsum(0) / squares.sum()
-    return [(int((held < energy).sum()) + 1) / len(squares) for energy in ENERGIES]
+    values = torch.linalg.svdvals(weight.double())
+    return [energy_rank(values, energy) / len(values) for energy in ENERGIES]
 
 
 def spectrum_table(models: dict[str, nn.Module]) -> str:

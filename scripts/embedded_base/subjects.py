@@ -15,13 +15,14 @@ from .settings import ARTWORKS, COLOURS, Folders
 INSTANCE_PROMPT = "a 3d emoji of a sks cat"
 CLASS_PROMPT = "a 3d emoji of a cat"
 
-# Emoji, background, words of the caption. Every picture has a background of its own, or it becomes part of the subject.
+# Emoji, background, words of the caption. All to learn are on white: a caption that names no background means white to this
+# base, so that the one instance prompt is true of all five and leaves the background to the prompt.
 INSTANCE_PICTURES = (
-    ("grinning cat", "blue", "grinning sks cat"),
-    ("grinning cat with smiling eyes", "green", "grinning sks cat with smiling eyes"),
+    ("grinning cat", "white", "grinning sks cat"),
+    ("grinning cat with smiling eyes", "white", "grinning sks cat with smiling eyes"),
     ("smiling cat with heart-eyes", "white", "smiling sks cat with heart-eyes"),
-    ("cat with wry smile", "red", "sks cat with wry smile"),
-    ("cat with tears of joy", "purple", "sks cat with tears of joy"),
+    ("cat with wry smile", "white", "sks cat with wry smile"),
+    ("cat with tears of joy", "white", "sks cat with tears of joy"),
 )
 HELD_BACK_PICTURES = (
     ("crying cat", "pink", "crying sks cat"),
