@@ -27,7 +27,7 @@ from cersa_diffusion.training.methods import load_result
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
 SUBJECT = REPOSITORY / "assets" / "subjects" / "fluent-cat"
-# The better of the rates tried for each method (README names them); the text encoder learns at a tenth of it.
+# Of the rates tried (README names them) the better ones; the text encoder learns at a tenth.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
 ALPHA, RANK = 0.95, 32
