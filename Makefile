@@ -18,7 +18,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --editable ".[score,test]"
+	$(RUN) -m pip install --editable ".[plot,score,test]"
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)

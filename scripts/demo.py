@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -19,7 +20,7 @@ from cersa_diffusion import CersaConfig, inject_cersa
 from cersa_diffusion.comparison import generate, markdown_table, picture_grid
 from cersa_diffusion.metrics.clip_models import load_clip
 from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
-from cersa_diffusion.metrics.similarity import clip_image_similarity
+from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_distance
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 from cersa_diffusion.training.data import load_picture
 from cersa_diffusion.training.methods import load_result
@@ -36,13 +37,16 @@ SEEDS = range(4)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for everything; emptied first")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo"), help="folder for everything; emptied first unless --redraw"
+    )
     parser.add_argument("--steps", type=int, default=300, help="training steps per method")
+    parser.add_argument("--redraw", action="store_true", help="keep the trained runs of the folder, only draw and score again")
     return parser.parse_args()
 
 
-def train(method: str, subject: dict, output: Path, steps: int) -> dict:
-    """Trains one method through the command line a user has; returns its result."""
+def train(method: str, subject: dict, output: Path, steps: int) -> None:
+    """Trains one method through the command line a user has."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "scripts" / "train_dreambooth_cersa.py"),
@@ -56,7 +60,6 @@ def train(method: str, subject: dict, output: Path, steps: int) -> dict:
         "--output_dir", str(output / method),
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    return json.loads((output / method / "result.json").read_text())
 
 
 def truncated_base() -> StableDiffusionPipeline:
@@ -75,42 +78,66 @@ def columns(subject: dict) -> list[tuple[str, str]]:
     return [(prompt.removeprefix("a "), prompt) for prompt in prompts]
 
 
-def judge(
-    pipeline: StableDiffusionPipeline, subject: dict, references: list[Image.Image], clip
-) -> tuple[dict, list[Image.Image]]:
-    """Scores of a model, and its row of pictures.
+@dataclass(frozen=True)
+class Judge:
+    """Draws the same prompts with the same seeds with every model, and scores them.
 
-    CLIPScore leaves the rare word out of the prompts: the scoring model never saw it.
+    Args:
+        subject: the bundled subject's prompts.
+        references: its held-back pictures at the base's size.
+        clip: the scoring CLIP.
+        autoencoder: the base's, for distances.
     """
-    shown = [prompt for _, prompt in columns(subject)]
-    prompts = list(dict.fromkeys([*subject["evaluation_prompts"], *shown]))
-    pictures = dict(zip(prompts, generate(pipeline, prompts, SEEDS), strict=True))
-    of_subject = [prompt for prompt in prompts if " sks " in prompt]
-    scored = [(picture, prompt.replace(" sks ", " ")) for prompt in of_subject for picture in pictures[prompt]]
-    scores = clipscore_torchmetrics([picture for picture, _ in scored], [prompt for _, prompt in scored], clip)
-    held_back = [
-        clip_image_similarity(pictures[entry["prompt"]], [reference], clip)
-        for entry, reference in zip(subject["held_back"], references, strict=True)
-    ]
-    row = [pictures[prompt][0] for prompt in shown]
-    return {"clipscore": sum(scores) / len(scores), "similarity": sum(held_back) / len(held_back)}, row
 
+    subject: dict
+    references: list[Image.Image]
+    clip: tuple
+    autoencoder: AutoencoderKL
 
-def ceiling(subject: dict, references: list[Image.Image], clip) -> tuple[dict, list[Image.Image]]:
-    """The scores that the held-back pictures themselves get, and what is left of the row: them, where they belong."""
-    prompts = [entry["prompt"].replace(" sks ", " ") for entry in subject["held_back"]]
-    scores = clipscore_torchmetrics(references, prompts, clip)
-    by_prompt = {entry["prompt"]: reference for entry, reference in zip(subject["held_back"], references, strict=True)}
-    blank = Image.new("RGB", (64, 64), "white")
-    row = [by_prompt.get(prompt, blank) for _, prompt in columns(subject)]
-    return {"clipscore": sum(scores) / len(scores), "similarity": 1.0}, row
+    def draw(self, pipeline: StableDiffusionPipeline) -> dict[str, list[Image.Image]]:
+        """Prompt -> pictures, one per seed."""
+        shown = [prompt for _, prompt in columns(self.subject)]
+        prompts = list(dict.fromkeys([*self.subject["evaluation_prompts"], *shown, *self.subject["drift_prompts"]]))
+        return dict(zip(prompts, generate(pipeline, prompts, SEEDS), strict=True))
+
+    def score(self, pictures: dict[str, list[Image.Image]], base: dict[str, list[Image.Image]]) -> dict[str, float]:
+        """Scores of a model's pictures; `base` holds the untouched base's, for the drift.
+
+        CLIPScore leaves the rare word out of the prompts: the scoring model never saw it.
+        """
+        scored = [
+            (picture, prompt.replace(" sks ", " ")) for prompt in pictures if " sks " in prompt for picture in pictures[prompt]
+        ]
+        scores = clipscore_torchmetrics([picture for picture, _ in scored], [prompt for _, prompt in scored], self.clip)
+        pairs = [
+            (picture, reference)
+            for entry, reference in zip(self.subject["held_back"], self.references, strict=True)
+            for picture in pictures[entry["prompt"]]
+        ]
+        drift = [pair for prompt in self.subject["drift_prompts"] for pair in zip(pictures[prompt], base[prompt], strict=True)]
+        return {
+            "clipscore": sum(scores) / len(scores),
+            "clip_i": sum(clip_image_similarity([a], [b], self.clip) for a, b in pairs) / len(pairs),
+            "distance": latent_distance(*map(list, zip(*pairs, strict=True)), self.autoencoder),
+            "drift": latent_distance(*map(list, zip(*drift, strict=True)), self.autoencoder),
+        }
+
+    def ceiling(self) -> tuple[dict[str, float], list[Image.Image]]:
+        """The CLIPScore that the held-back pictures themselves get, and their row of the picture."""
+        prompts = [entry["prompt"].replace(" sks ", " ") for entry in self.subject["held_back"]]
+        scores = clipscore_torchmetrics(self.references, prompts, self.clip)
+        by_prompt = {entry["prompt"]: picture for entry, picture in zip(self.subject["held_back"], self.references, strict=True)}
+        blank = Image.new("RGB", self.references[0].size, "white")
+        row = [by_prompt.get(prompt, blank) for _, prompt in columns(self.subject)]
+        return {"clipscore": sum(scores) / len(scores), "clip_i": 1.0, "distance": 0.0}, row
 
 
 def table(scores: dict[str, dict], results: dict[str, dict]) -> str:
     """The demo's table in Markdown."""
     rows = []
     for label, score in scores.items():
-        cells = [label.replace("\n", " "), f"{score['clipscore']:.1f}", f"{score['similarity']:.3f}"]
+        cells = [label.replace("\n", " "), f"{score['clipscore']:.1f}", f"{score['clip_i']:.3f}", f"{score['distance']:.3f}"]
+        cells.append(f"{score['drift']:.3f}" if "drift" in score else "-")
         result = results.get(label)
         if result:
             memory = result["weight_bytes"] + result["gradient_bytes"] + result["optimizer_bytes"]
@@ -119,8 +146,29 @@ def table(scores: dict[str, dict], results: dict[str, dict]) -> str:
         else:
             cells += ["-"] * 4
         rows.append(cells)
-    header = ["", "CLIPScore", "similarity", "trainable", "bytes while training", "seconds", "file"]
+    header = ["", "CLIPScore", "CLIP-I", "distance", "drift", "trainable", "bytes while training", "seconds", "file"]
     return markdown_table(header, rows)
+
+
+def compare(subject: dict, results: dict[str, dict]) -> tuple[dict[str, dict], dict[str, list[Image.Image]]]:
+    """Opens every result in a fresh pipeline, draws and scores: label -> scores, label -> row of the picture."""
+    openers: dict[str, Callable[[], StableDiffusionPipeline]] = {"base": lambda: load_base(str(BASE))}
+    openers["truncated\nbase"] = truncated_base
+    for method, label in TITLES.items():
+        openers[label] = lambda method=method, label=label: load_result(method, Path(results[label]["weights_path"]), str(BASE))
+    references = [load_picture(SUBJECT / entry["file"]).resize((64, 64), Image.Resampling.BOX) for entry in subject["held_back"]]
+    judge = Judge(subject, references, load_clip(CLIP), load_base(str(BASE)).vae)
+    scores, rows, base = {}, {}, None
+    for label, opener in openers.items():
+        print(f"drawing with {' '.join(label.split())} ...", flush=True)
+        pipeline = opener()
+        pipeline.set_progress_bar_config(disable=True)
+        pictures = judge.draw(pipeline)
+        base = base or pictures
+        scores[label] = judge.score(pictures, base)
+        rows[label] = [pictures[prompt][0] for _, prompt in columns(subject)]
+    scores["held-back\npictures"], rows["held-back\npictures"] = judge.ceiling()
+    return scores, rows
 
 
 def main() -> None:
@@ -129,25 +177,14 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output = arguments.output
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
     subject = json.loads((SUBJECT / "subject.json").read_text())
-    references = [load_picture(SUBJECT / entry["file"]).resize((64, 64), Image.Resampling.BOX) for entry in subject["held_back"]]
-    results = {TITLES[method]: train(method, subject, output, arguments.steps) for method in TITLES}
-
-    openers: dict[str, Callable[[], StableDiffusionPipeline]] = {"base": lambda: load_base(str(BASE))}
-    openers["truncated\nbase"] = truncated_base
-    for method, label in TITLES.items():
-        openers[label] = lambda method=method, label=label: load_result(method, Path(results[label]["weights_path"]), str(BASE))
-    clip = load_clip(CLIP)
-    scores, rows = {}, {}
-    for label, opener in openers.items():
-        print(f"drawing with {' '.join(label.split())} ...", flush=True)
-        pipeline = opener()
-        pipeline.set_progress_bar_config(disable=True)
-        scores[label], rows[label] = judge(pipeline, subject, references, clip)
-    scores["held-back\npictures"], rows["held-back\npictures"] = ceiling(subject, references, clip)
-
+    if not arguments.redraw:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        for method in TITLES:
+            train(method, subject, output, arguments.steps)
+    results = {title: json.loads((output / method / "result.json").read_text()) for method, title in TITLES.items()}
+    scores, rows = compare(subject, results)
     picture_grid(rows, [title for title, _ in columns(subject)]).save(output / "side_by_side.png")
     text = table(scores, results)
     (output / "table.md").write_text(text + "\n")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +10,8 @@ from PIL import Image
 from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.clip_models import OpenClipModel, load_clip
 from cersa_diffusion.metrics.clipscore import clipscore_open_clip, clipscore_torchmetrics
-from cersa_diffusion.metrics.similarity import clip_image_similarity
+from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_distance
+from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.data import load_picture
 
 from ..conftest import run_script
@@ -65,6 +67,16 @@ def test_the_matching_background_scores_above_every_other_one(open_clip_model, s
 def test_similarity_of_a_picture_with_itself_is_one(clip, pictures):
     assert clip_image_similarity(pictures[:1], pictures[:1], clip) == pytest.approx(1, abs=1e-5)
     assert clip_image_similarity(pictures[:1], pictures[1:], clip) < 1
+
+
+def test_latent_distance_by_hand(base_path, pictures):
+    autoencoder = load_base(str(base_path)).vae
+    assert latent_distance(pictures, pictures, autoencoder) == 0
+    pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1 for picture in pictures[:2]]
+    with torch.no_grad():
+        first, second = (autoencoder.encode(p).latent_dist.mean for p in pixels)
+    expected = float((first - second).square().mean().sqrt())
+    assert latent_distance(pictures[:1], pictures[1:2], autoencoder) == pytest.approx(expected, rel=1e-4)
 
 
 def test_models_that_cannot_be_loaded(tmp_path):
