@@ -96,6 +96,16 @@ def test_alpha_one_reproduces_the_picture(base_path):
     torch.testing.assert_close(picture(pipeline), before, rtol=0, atol=1e-3)
 
 
+def test_the_readme_way_without_naming_a_dtype(base_path, changed):
+    pipeline = StableDiffusionPipeline.from_pretrained(base_path)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    before = picture(pipeline)
+    pipeline.load_cersa_weights(changed[0].parent, strength=1.0)
+    assert not torch.allclose(picture(pipeline), before, atol=1e-2)
+    pipeline.unload_cersa_weights()
+    assert torch.equal(picture(pipeline), before)
+
+
 def test_strength_zero_is_the_truncated_base(base_path, changed):
     pipeline, truncated = load_base(str(base_path)), load_base(str(base_path))
     pipeline.load_cersa_weights(changed[0], strength=0.0)

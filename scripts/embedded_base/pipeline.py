@@ -1,5 +1,6 @@
 """Writes the diffusers pipeline, and draws sheets of samples with it."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(target)
+    # transformers loads the dtype that the configuration names, diffusers float32: without this they would not fit together
+    # for whoever loads the pipeline without naming a dtype.
+    config = target / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for path in target.rglob("*.safetensors"):
         path.chmod(0o644)
 
