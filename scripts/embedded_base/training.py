@@ -92,7 +92,7 @@ class Stage:
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 bar.update()
-                if self.step % LOG_STEPS == 0:
+                if self.step % LOG_STEPS == 0 or self.step == self.steps:
                     self.log.append({"step": self.step, "seconds": round(self.seconds), "loss": sum(losses) / len(losses)})
                     bar.set_postfix(loss=f"{self.log[-1]['loss']:.4f}")
                     losses.clear()
