@@ -49,7 +49,7 @@ def save_adapter(
         NonFiniteError: a core holds NaN or infinity; nothing is written.
     """
     layers = {}
-    for component, module in _components(model).items():
+    for component, module in components_of(model).items():
         for name, layer in cersa_layers(module).items():
             if adapter_name in layer.cores:
                 layers[f"{component}.{_canonical_name(module, name)}"] = _store(layer, adapter_name, dtype)
@@ -87,7 +87,7 @@ def load_adapter(
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
     where = "adapter" if isinstance(source, AdapterFile) else str(source)
-    components = _components(model)
+    components = components_of(model)
     targets = _resolve(adapter, components, where)
     for component, layers in targets.items():
         dense = {name: module for name, (module, _) in layers.items() if isinstance(module, nn.Linear)}
@@ -118,7 +118,8 @@ def load_adapter(
             replace_module(components[component], name, layer)
 
 
-def _components(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The components of a model by name; a lone model is a component itself."""
     return {LONE_COMPONENT: model} if isinstance(model, nn.Module) else dict(model)
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cersa_diffusion.adapter import components_of
 from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.inject import check_layers, match_targets
 from cersa_diffusion.memory import OPTIMIZERS, DenseLayer, MemoryUse, cersa_memory, full_memory, lora_memory, not_smaller
 from cersa_diffusion.plan_report import render_plan
-from cersa_diffusion.tokens import LayerInput, components_of
+from cersa_diffusion.tokens import LayerInput
 
 METHODS = ("cersa", "lora", "full")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cersa_diffusion.adapter import LONE_COMPONENT
+from cersa_diffusion.adapter import components_of
 from cersa_diffusion.errors import ConfigError
 
 
@@ -22,11 +22,6 @@ class LayerInput:
 
     rows: int
     source: int | None = None
-
-
-def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The components of a model by name; a lone model is a component itself."""
-    return {LONE_COMPONENT: model} if isinstance(model, nn.Module) else dict(model)
 
 
 def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, LayerInput]:
