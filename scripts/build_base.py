@@ -42,16 +42,16 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", choices=STAGES, help="run this stage only (default: all, in order)")
-    parser.add_argument("--vocabulary", choices=("small", "full"), default="small", help="names to learn (default: %(default)s)")
+    parser.add_argument("--vocabulary", choices=("small", "medium", "full"), default="medium", help="names to learn (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build/embedded_base", help="checkpoints and pictures")
     parser.add_argument("--assets-dir", type=Path, default=ROOT / "assets", help="where the results go")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     steps = parser.add_argument_group("length of the training; the defaults are what the shipped models had")
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
-        ("clip", 1400, 64),
+        ("clip", 1800, 128),
         ("text", 400, 64),
-        ("diffusion", 1550, 64),
+        ("diffusion", 4400, 64),
     ):
         note = f"steps of {batch} samples (default: %(default)s)"
         steps.add_argument(f"--{stage}-steps", type=int, default=default, help=note)

@@ -63,6 +63,7 @@ def accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, pr
     right = by_name[number, name, None]
     return {
         f"{prefix}_top1_name": (by_name.argmax(1) == name).float().mean().item(),
+        f"{prefix}_top5_name": ((by_name > right).sum(1) < 5).float().mean().item(),
         f"{prefix}_wrong_names_beaten": ((by_name < right).sum(1) / (len(names) - 1)).mean().item(),
         f"{prefix}_top1_style": (by_style.argmax(1) == style).float().mean().item(),
         f"{prefix}_top1_background": (by_colour.argmax(1) == colour).float().mean().item(),

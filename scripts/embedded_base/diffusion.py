@@ -1,10 +1,11 @@
 """Stages "text" and "diffusion": the text encoder's warm-up, then the denoiser together with the text encoder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -24,6 +25,8 @@ SNR_LIMIT = 5.0
 EMA_DECAY = 0.998
 WEIGHT_DECAY = 0.05
 PCA_COEFFICIENTS = 64
+# A vocabulary's denoiser and text encoder go on from those of a smaller one, which learned its names in a quarter of the time.
+STARTS_FROM = {"medium": "small"}
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -157,6 +160,23 @@ def warm_up_text_encoder(folders: Folders, steps: int, batch_size: int = 64) -> 
     (folder / "report.json").write_text(json.dumps(report, indent=1))
 
 
+def starting_models(folders: Folders) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The denoiser and the text encoder that the training begins with.
+
+    Args:
+        folders: Where the build works.
+    """
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if folders.vocabulary not in STARTS_FROM:
+        return build_unet(), CLIPTextModel.from_pretrained(folders.stage("text") / "model", **options)
+    smaller = replace(folders, vocabulary=STARTS_FROM[folders.vocabulary])
+    trained = smaller.stage("diffusion")
+    if not (trained / "report.json").exists():
+        raise SystemExit(f"the vocabulary {folders.vocabulary} goes on from {smaller.vocabulary}: train that one first.")
+    unet = UNet2DConditionModel.from_pretrained(trained / "unet")
+    return unet, CLIPTextModel.from_pretrained(trained / "text_encoder", **options)
+
+
 class DiffusionTrainer:
     """The denoiser and the text encoder in training, with their moving averages.
 
@@ -169,8 +189,10 @@ class DiffusionTrainer:
     def __init__(self, folders: Folders, steps: int, batch_size: int) -> None:
         torch.manual_seed(2)
         self.data = LatentData.build(folders)
-        self.unet = build_unet().to(memory_format=torch.channels_last)
-        self.text_encoder = CLIPTextModel.from_pretrained(folders.stage("text") / "model", dtype=torch.float32)
+        unet, self.text_encoder = starting_models(folders)
+        self.unet = unet.to(memory_format=torch.channels_last)
+        # On a CPU, attention as plain matrix products trains a quarter faster than the fused kernel at these sizes.
+        self.unet.set_attn_processor(AttnProcessor())
         self.scheduler = noise_scheduler()
         self.averages = {
             "unet_average": EMAModel(self.unet.parameters(), decay=EMA_DECAY),

@@ -7,7 +7,8 @@ from pathlib import Path
 from .fetch import package_folder, read_json
 from .settings import HELD_BACK_NAMES, HELD_BACK_STYLES, KEYWORDS_PACKAGE, NAMES_PACKAGE, Folders
 
-SMALL_VOCABULARY = Path(__file__).parent / "vocabulary_small.txt"
+# The files that a vocabulary's names stand in; one that is not listed holds every name.
+VOCABULARIES = {"small": ("small",), "medium": ("small", "medium")}
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,18 @@ def read_vocabulary(kind: str, emoji: list[Emoji]) -> list[str]:
     """Names that the base and CLIP learn.
 
     Args:
-        kind: "small" for the names in vocabulary_small.txt, "full" for all.
+        kind: "small", "medium", or "full" for all.
         emoji: All emoji.
     """
     known = [item.name for item in emoji]
     if kind == "full":
         return known
-    lines = [line.split("#")[0].strip() for line in SMALL_VOCABULARY.read_text().splitlines()]
+    paths = [Path(__file__).parent / f"vocabulary_{part}.txt" for part in VOCABULARIES[kind]]
+    lines = [line.split("#")[0].strip() for path in paths for line in path.read_text().splitlines()]
     names = [line for line in lines if line]
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"{SMALL_VOCABULARY.name} holds names that no emoji has: {', '.join(unknown)}")
+        raise SystemExit(f"the vocabulary {kind} holds names that no emoji has: {', '.join(unknown)}")
     return names
 
 

@@ -109,7 +109,7 @@ class Folders:
     Args:
         work: Work files; may be deleted at any time, at the price of a new build.
         assets: The results.
-        vocabulary: Which names are learned: "small" or "full".
+        vocabulary: Which names are learned: "small", "medium" or "full".
     """
 
     work: Path
