@@ -19,6 +19,7 @@ from embedded_base.fetch import fetch
 from embedded_base.render import render_all
 from embedded_base.settings import Folders
 from embedded_base.tokenizer import train_tokenizer
+from embedded_base.vit import train_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,7 @@ STAGES = {
     "tokenizer": "a byte-pair tokenizer over all names",
     "autoencoder": "pictures to latents and back",
     "clip": "the model that scores pictures",
+    "vit": "the model that names a picture's group, for classification",
     "text": "warm-up of the base's text encoder",
     "diffusion": "the denoiser together with the text encoder",
     "export": "model folders, cards, sample sheet and subjects",
@@ -42,7 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", choices=STAGES, help="run this stage only (default: all, in order)")
-    parser.add_argument("--vocabulary", choices=("small", "medium", "full"), default="medium", help="names to learn (default: %(default)s)")
+    vocabularies = ("small", "medium", "full")
+    parser.add_argument("--vocabulary", choices=vocabularies, default="medium", help="names to learn (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build/embedded_base", help="checkpoints and pictures")
     parser.add_argument("--assets-dir", type=Path, default=ROOT / "assets", help="where the results go")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
@@ -50,8 +53,10 @@ def parse_arguments() -> argparse.Namespace:
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
         ("clip", 1800, 128),
+        ("vit", 1500, 128),
         ("text", 400, 64),
-        ("diffusion", 4400, 64),
+        ("first-diffusion", 1550, 64),
+        ("diffusion", 3850, 64),
     ):
         note = f"steps of {batch} samples (default: %(default)s)"
         steps.add_argument(f"--{stage}-steps", type=int, default=default, help=note)
@@ -71,8 +76,9 @@ def stage_functions(arguments: argparse.Namespace) -> dict[str, Callable[[], Non
         "tokenizer": lambda: train_tokenizer(folders),
         "autoencoder": lambda: train_autoencoder(folders, arguments.autoencoder_steps),
         "clip": lambda: train_clip(folders, arguments.clip_steps),
+        "vit": lambda: train_vit(folders, arguments.vit_steps),
         "text": lambda: warm_up_text_encoder(folders, arguments.text_steps),
-        "diffusion": lambda: train_diffusion(folders, arguments.diffusion_steps),
+        "diffusion": lambda: train_diffusion(folders, arguments.first_diffusion_steps, arguments.diffusion_steps),
         "export": lambda: export(folders),
     }
 

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from .diffusion import first_course
 from .licences import artwork_table
-from .settings import Folders
+from .settings import Artwork, Folders
 
 PARTS = Path(__file__).parent / "cards"
 
@@ -71,17 +72,49 @@ def write_base_card(folders: Folders, names: list[str], spectra: str) -> None:
         (PARTS / "base.md")
         .read_text()
         .format(
-            **report_fields(folders, ("autoencoder", "text", "diffusion")),
+            **report_fields(folders, ("autoencoder", "diffusion", "evaluation")),
+            first=first_course_text(folders),
             artwork=artwork_table(),
             curve=loss_table(folders, "diffusion"),
             verdict=remark(folders, "verdict"),
             spectra=spectra,
             vocabulary=folders.vocabulary,
             name_count=len(names),
-            names=", ".join(names) if len(names) < 200 else "all names of the Unicode list but flags, families and keycaps",
+            names=", ".join(names),
         )
     )
     (folders.base / "README.md").write_text(card)
+
+
+def first_course_text(folders: Folders) -> str:
+    """The rows of the training table that come before the vocabulary's own.
+
+    Args:
+        folders: Where the build works.
+    """
+    first = first_course(folders)
+    text = read_report(first, "text")
+    rows = [
+        f"| text encoder, guessing the main components of the latents | {text['samples']} | {text['batch_size']} "
+        f"| {text['minutes']:.1f} | squared error {text['loss']:.3f} of 1 |"
+    ]
+    if first != folders:
+        report = read_report(first, "diffusion")
+        rows.append(
+            f"| denoiser and text encoder, vocabulary `{first.vocabulary}` ({report['pictures']} pictures) | {report['samples']} "
+            f"| {report['batch_size']} | {report['minutes']:.1f} | weighted v-error {report['loss']:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def write_vit_card(folders: Folders) -> None:
+    """Write the card of the vision transformer.
+
+    Args:
+        folders: Where the build works.
+    """
+    fields = report_fields(folders, ("vit",)) | {"artwork": artwork_table(), "curve": loss_table(folders, "vit")}
+    (folders.vit / "README.md").write_text((PARTS / "vit.md").read_text().format(**fields))
 
 
 def write_clip_card(folders: Folders, names: list[str]) -> None:
@@ -98,7 +131,6 @@ def write_clip_card(folders: Folders, names: list[str]) -> None:
             **report_fields(folders, ("clip",)),
             artwork=artwork_table(),
             curve=loss_table(folders, "clip"),
-            history=remark(folders, "clip_history"),
             vocabulary=folders.vocabulary,
             name_count=len(names),
         )
@@ -106,6 +138,18 @@ def write_clip_card(folders: Folders, names: list[str]) -> None:
     (folders.clip / "README.md").write_text(card)
 
 
-def subject_card() -> str:
-    """The card of the cat."""
-    return (PARTS / "subject.md").read_text()
+def subject_card(name: str, word: str, artwork: Artwork, look: str) -> str:
+    """The card of a subject.
+
+    Args:
+        name: Name of its folder.
+        word: Its class.
+        artwork: The set it is from.
+        look: Words of its captions for the look.
+    """
+    knows = "other pictures in this look" if artwork.style else "no picture in this look"
+    return (
+        (PARTS / "subject.md")
+        .read_text()
+        .format(name=name, word=word, title=artwork.title, source=artwork.source, licence=artwork.licence, look=look, knows=knows)
+    )

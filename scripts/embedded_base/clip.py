@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from .captions import CaptionTable
 from .clip_scores import accuracies, held_back_cats, normalised
 from .diffusion import training_pictures
+from .disturbance import disturbed
 from .names import all_emoji
 from .pictures import Compositor
 from .render import Pictures
@@ -40,25 +41,6 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = {**shared, "num_hidden_layers": 6, "image_size": PICTURE_SIZE, "patch_size": PATCH_SIZE}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-
-
-def disturbed(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures moved, resized, blurred and with noise, so that CLIP accepts drawn pictures as well as originals.
-
-    Args:
-        pictures: Pictures between -1 and 1.
-    """
-    count = len(pictures)
-    scale = 0.85 + 0.35 * torch.rand(count)
-    matrices = torch.zeros(count, 2, 3)
-    matrices[:, 0, 0] = matrices[:, 1, 1] = scale
-    matrices[:, :, 2] = 0.3 * (torch.rand(count, 2) - 0.5)
-    grid = F.affine_grid(matrices, list(pictures.shape), align_corners=False)
-    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1, count_include_pad=False)
-    share = torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.5)
-    noise = 0.1 * torch.rand(count, 1, 1, 1) * torch.randn_like(moved)
-    return (moved + share * (blurred - moved) + noise).clamp(-1, 1)
 
 
 def contrastive_loss(clip: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

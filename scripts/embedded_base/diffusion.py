@@ -90,14 +90,16 @@ class LatentData:
     Args:
         latents: Latents, `[pictures, colours, channels, height, width]`.
         captions: Token ids of their captions.
+        lots: Indices of the pictures to draw from; a picture that stands in it twice comes twice as often.
     """
 
     latents: torch.Tensor
     captions: CaptionTable
+    lots: torch.Tensor
 
     @classmethod
     def build(cls, folders: Folders) -> "LatentData":
-        """Encode all pictures on all backgrounds.
+        """Encode all pictures on all backgrounds; those that an earlier vocabulary knew are drawn half as often as new ones.
 
         Args:
             folders: Where the build works.
@@ -105,7 +107,11 @@ class LatentData:
         pictures = training_pictures(folders)
         autoencoder = AutoencoderKL.from_pretrained(folders.stage("autoencoder") / "model")
         latents = encode_all(autoencoder, Compositor(pictures))
-        return cls(latents, CaptionTable(pictures, all_emoji(folders), load_tokenizer(folders)))
+        first, emoji = first_course(folders), all_emoji(folders)
+        known = set() if first == folders else set(read_vocabulary(first.vocabulary, emoji))
+        new = [i for i, name in enumerate(pictures.names) if name not in known]
+        lots = torch.tensor([*range(len(pictures.names)), *new])
+        return cls(latents, CaptionTable(pictures, emoji, load_tokenizer(folders)), lots)
 
     def draw(self, count: int, empty_rate: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Random latents with a caption each.
@@ -114,13 +120,13 @@ class LatentData:
             count: How many.
             empty_rate: How often the caption is empty.
         """
-        picture = torch.randint(self.latents.shape[0], (count,))
+        picture = self.lots[torch.randint(len(self.lots), (count,))]
         colour = torch.randint(len(COLOURS), (count,))
         return self.latents[picture, colour], self.captions.draw(picture, colour, empty_rate)
 
 
 def warm_up_text_encoder(folders: Folders, steps: int, batch_size: int = 64) -> None:
-    """Teach the text encoder to tell the main components of a picture from its caption.
+    """Teach the text encoder to tell the main components of a picture from its caption, with the first vocabulary.
 
     Args:
         folders: Where the build works.
@@ -128,6 +134,7 @@ def warm_up_text_encoder(folders: Folders, steps: int, batch_size: int = 64) -> 
         batch_size: Captions a step.
     """
     torch.manual_seed(1)
+    folders = first_course(folders)
     folder = folders.stage("text")
     if (folder / "report.json").exists():
         return
@@ -160,6 +167,15 @@ def warm_up_text_encoder(folders: Folders, steps: int, batch_size: int = 64) -> 
     (folder / "report.json").write_text(json.dumps(report, indent=1))
 
 
+def first_course(folders: Folders) -> Folders:
+    """The same folders for the vocabulary that is learned first; itself where there is no other.
+
+    Args:
+        folders: Where the build works.
+    """
+    return replace(folders, vocabulary=STARTS_FROM.get(folders.vocabulary, folders.vocabulary))
+
+
 def starting_models(folders: Folders) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """The denoiser and the text encoder that the training begins with.
 
@@ -167,12 +183,10 @@ def starting_models(folders: Folders) -> tuple[UNet2DConditionModel, CLIPTextMod
         folders: Where the build works.
     """
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if folders.vocabulary not in STARTS_FROM:
+    first = first_course(folders)
+    if first == folders:
         return build_unet(), CLIPTextModel.from_pretrained(folders.stage("text") / "model", **options)
-    smaller = replace(folders, vocabulary=STARTS_FROM[folders.vocabulary])
-    trained = smaller.stage("diffusion")
-    if not (trained / "report.json").exists():
-        raise SystemExit(f"the vocabulary {folders.vocabulary} goes on from {smaller.vocabulary}: train that one first.")
+    trained = first.stage("diffusion")
     unet = UNet2DConditionModel.from_pretrained(trained / "unet")
     return unet, CLIPTextModel.from_pretrained(trained / "text_encoder", **options)
 
@@ -240,17 +254,21 @@ class DiffusionTrainer:
         return self.unet.eval(), self.text_encoder.eval()
 
 
-def train_diffusion(folders: Folders, steps: int, batch_size: int = 64) -> None:
+def train_diffusion(folders: Folders, first_steps: int, steps: int, batch_size: int = 64) -> None:
     """Train the denoiser and write the averaged models.
 
     Args:
         folders: Where the build works.
-        steps: Steps in all.
+        first_steps: Steps of the first vocabulary, where another goes before this one.
+        steps: Steps of this vocabulary.
         batch_size: Latents a step.
     """
     folder = folders.stage("diffusion")
     if (folder / "report.json").exists():
         return
+    first = first_course(folders)
+    if first != folders:
+        train_diffusion(first, first_steps, first_steps, batch_size)
     trainer = DiffusionTrainer(folders, steps, batch_size)
     trainer.stage.run(trainer.train_step)
     unet, text_encoder = trainer.averaged()

@@ -7,7 +7,7 @@ import tarfile
 from functools import lru_cache
 from pathlib import Path
 
-from .settings import ARTWORKS, KEYWORDS_PACKAGE, NAMES_PACKAGE, Folders
+from .settings import ARTWORKS, EMOJIONE, FIREFOX, KEYWORDS_PACKAGE, NAMES_PACKAGE, Folders
 
 
 def package_folder(folders: Folders, package: str, version: str) -> Path:
@@ -27,7 +27,10 @@ def fetch(folders: Folders) -> None:
     Args:
         folders: Where the build works.
     """
-    wanted = [(artwork.package, artwork.version) for artwork in ARTWORKS] + [NAMES_PACKAGE, KEYWORDS_PACKAGE]
+    wanted = [(artwork.package, artwork.version) for artwork in (*ARTWORKS, FIREFOX, EMOJIONE)] + [
+        NAMES_PACKAGE,
+        KEYWORDS_PACKAGE,
+    ]
     missing = [item for item in wanted if not package_folder(folders, *item).exists()]
     if not missing:
         return

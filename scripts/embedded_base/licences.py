@@ -46,6 +46,26 @@ Graphics licensed under CC BY 4.0, https://creativecommons.org/licenses/by/4.0/
 Changes: rendered to 64 x 64 pixels, put on plain coloured backgrounds, and used to train the models in this folder.
 """
 
+FIREFOX_LICENCE = """\
+The pictures are from Firefox OS Emoji, https://github.com/mozilla/fxemoji
+Copyright Mozilla Foundation and contributors.
+Licensed under the Apache License, Version 2.0, https://www.apache.org/licenses/LICENSE-2.0
+Changes: rendered to 256 x 256 pixels and put on plain coloured backgrounds.
+"""
+
+EMOJIONE_LICENCE = """\
+The pictures are from Emoji One 2 (now EmojiTwo), https://github.com/EmojiTwo/emojitwo
+Emoji artwork by Emoji One and the EmojiTwo contributors, licensed under CC BY 4.0,
+https://creativecommons.org/licenses/by/4.0/
+Changes: rendered to 256 x 256 pixels and put on plain coloured backgrounds.
+"""
+
+SUBJECT_LICENCES = {
+    "Fluent Emoji, 3D": FLUENT_LICENCE,
+    "Firefox OS Emoji": FIREFOX_LICENCE,
+    "Emoji One 2": EMOJIONE_LICENCE,
+}
+
 MODEL_NOTICE = """\
 The weights in this folder were trained by this project from scratch, and are offered under the Apache License,
 Version 2.0 (LICENSE-APACHE-2.0.txt). They were trained on the artwork below, whose licences ask for the notices below.

@@ -19,12 +19,14 @@ class Emoji:
         name: Its name in lower-case ASCII.
         code: Its code points in hexadecimal, joined by hyphens, without variation selectors.
         full_code: The same with variation selectors.
+        group: The Unicode group it belongs to, e.g. "Food & Drink".
         keywords: Other words for it.
     """
 
     name: str
     code: str
     full_code: str
+    group: str
     keywords: tuple[str, ...]
 
 
@@ -55,7 +57,7 @@ def all_emoji(folders: Folders) -> list[Emoji]:
         full_code = "-".join(f"{ord(point):x}" for point in character)
         words = [plain(word).replace("_", " ").strip() for word in keywords.get(character, [])]
         words = [word for word in words if word != name and word.replace(" ", "").isalpha()]
-        result.append(Emoji(name, code, full_code, tuple(dict.fromkeys(words))))
+        result.append(Emoji(name, code, full_code, entry["group"], tuple(dict.fromkeys(words))))
     return result
 
 

@@ -9,37 +9,51 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image, ImageDraw
 from transformers import CLIPTextModel
 
-from .captions import background, look
-from .settings import COLOURS, PICTURE_SIZE, STYLES, Folders
+from .captions import look
+from .settings import PICTURE_SIZE, STYLES, Folders
 from .tokenizer import load_tokenizer
 
 SAMPLE_STEPS = 25
 SAMPLE_GUIDANCE = 4.0
 SAMPLE_NAMES = (
     "a smiling face with sunglasses",
-    "a crying face",
-    "a smiling face with heart-eyes",
-    "an alien",
-    "a skull",
-    "a panda",
+    "a loudly crying face",
+    "a partying face",
+    "a clown face",
+    "a broken heart",
     "a fox",
-    "a frog",
+    "a panda",
     "a penguin",
-    "a whale",
+    "an elephant",
+    "a giraffe",
+    "a shark",
     "an octopus",
-    "a lady beetle",
+    "a crab",
     "a red apple",
-    "a banana",
     "a strawberry",
+    "a croissant",
+    "a hot dog",
+    "a broccoli",
     "a hamburger",
-    "a pizza",
-    "a carrot",
-    "a red heart",
-    "a rose",
     "a rocket",
-    "an automobile",
-    "a gem stone",
-    "a house",
+    "a bicycle",
+    "a guitar",
+    "an umbrella",
+    "a christmas tree",
+)
+COLOURED_PROMPTS = (
+    "a 3d emoji of a koala on a yellow background",
+    "a flat emoji of a tomato on a blue background",
+    "a noto emoji of a dolphin on a pink background",
+    "a twemoji of a trophy on a green background",
+    "a 3d emoji of a bell on a purple background",
+    "a flat emoji of a butterfly on a grey background",
+    "a noto emoji of a cactus on an orange background",
+    "a twemoji of a pizza on a black background",
+    "a 3d emoji of an alien on a red background",
+    "a flat emoji of a crown on a black background",
+    "a noto emoji of a thinking face on a blue background",
+    "a twemoji of a cow face on a yellow background",
 )
 
 
@@ -145,37 +159,18 @@ def sheet(pictures: list[Image.Image], columns: int, labels: list[str]) -> Image
     return canvas
 
 
-def sample_prompts(names: tuple[str, ...] = SAMPLE_NAMES) -> list[str]:
-    """Prompts of the sample sheet: every name in every style, the backgrounds taking turns.
-
-    Args:
-        names: What to draw, with articles.
-    """
-    colours = list(COLOURS)
-    prompts = []
-    for row, style in enumerate(STYLES):
-        for column, name in enumerate(names):
-            colour = colours[(column + 3 * row) % len(colours)]
-            prompts.append(f"a {look(style)} of {name}{background(colour)}")
-    return prompts
-
-
 def write_sample_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    """Draw the sample sheet: 24 names in four styles.
+    """Draw the sample sheet: 24 names in four styles without a background, and twelve prompts that name one.
 
     Args:
         pipeline: The pipeline.
         path: Where the picture goes.
     """
-    pictures = draw_samples(pipeline, sample_prompts())
     half = len(SAMPLE_NAMES) // 2
-    order = []
-    for first in (0, half):
-        for row in range(len(STYLES)):
-            start = row * len(SAMPLE_NAMES) + first
-            order += pictures[start : start + half]
-    labels = []
+    prompts, labels = [], []
     for names in (SAMPLE_NAMES[:half], SAMPLE_NAMES[half:]):
         words = ", ".join(name.split(" ", 1)[1] for name in names)
-        labels += [f"{style}: {words}" if style == STYLES[0] else style for style in STYLES]
-    sheet(order, half, labels).save(path, optimize=True)
+        for style in STYLES:
+            prompts += [f"a {look(style)} of {name}" for name in names]
+            labels.append(f"{style}: {words}" if style == STYLES[0] else style)
+    sheet(draw_samples(pipeline, [*prompts, *COLOURED_PROMPTS]), half, [*labels, "backgrounds"]).save(path, optimize=True)

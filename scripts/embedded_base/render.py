@@ -50,6 +50,16 @@ def vector_source(folder: Path, emoji: Emoji) -> str | None:
     icon_name = read_json(folder / "chars.json").get(emoji.code)
     if icon_name is None:
         return None
+    return icon_source(folder, icon_name)
+
+
+def icon_source(folder: Path, icon_name: str) -> str:
+    """SVG text of an icon.
+
+    Args:
+        folder: The unpacked package of the set.
+        icon_name: Its name in the set.
+    """
     icons = read_json(folder / "icons.json")
     icon = icons["icons"].get(icon_name) or icons["icons"][icons["aliases"][icon_name]["parent"]]
     width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
@@ -78,9 +88,30 @@ def render_emoji(folders: Folders, artwork: Artwork, emoji: Emoji) -> Image.Imag
         source = vector_source(folder, emoji)
         if source is None:
             return None
-        import resvg_py  # an extra that only this function needs
+        return render_vector(source)
+    return Image.open(io.BytesIO(content)).convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE))
 
-        content = bytes(resvg_py.svg_to_bytes(svg_string=source, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True))
+
+def render_icon(folders: Folders, artwork: Artwork, icon_name: str) -> Image.Image:
+    """A picture of a vector set at full size with transparency, by the icon's own name.
+
+    Args:
+        folders: Where the build works.
+        artwork: The set.
+        icon_name: Its name in the set.
+    """
+    return render_vector(icon_source(package_folder(folders, artwork.package, artwork.version), icon_name))
+
+
+def render_vector(source: str) -> Image.Image:
+    """A drawing at full size with transparency.
+
+    Args:
+        source: SVG text.
+    """
+    import resvg_py  # an extra that only this function needs
+
+    content = bytes(resvg_py.svg_to_bytes(svg_string=source, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True))
     return Image.open(io.BytesIO(content)).convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE))
 
 

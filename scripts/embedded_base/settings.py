@@ -15,7 +15,7 @@ class Artwork:
     """One set of pictures, and where it comes from.
 
     Args:
-        style: The word that names the look in captions.
+        style: The word that names the look in captions; empty where no caption names it.
         package: Registry package that carries the pictures.
         version: Version of that package.
         title: Name of the set, for people.
@@ -66,6 +66,24 @@ ARTWORKS = (
     ),
 )
 STYLES = tuple(artwork.style for artwork in ARTWORKS)
+
+# Looks that no model here has seen: subjects of personalisation come from them.
+FIREFOX = Artwork(
+    "",
+    "@iconify-json/fxemoji",
+    "1.2.2",
+    "Firefox OS Emoji",
+    "https://github.com/mozilla/fxemoji",
+    "Apache-2.0",
+)
+EMOJIONE = Artwork(
+    "",
+    "@iconify-json/emojione",
+    "1.2.3",
+    "Emoji One 2",
+    "https://github.com/EmojiTwo/emojitwo",
+    "CC BY 4.0",
+)
 NAMES_PACKAGE = ("unicode-emoji-json", "0.9.0")
 KEYWORDS_PACKAGE = ("emojilib", "4.0.3")
 
@@ -142,16 +160,21 @@ class Folders:
         return self.assets / "emoji-clip"
 
     @property
+    def vit(self) -> Path:
+        """The vision transformer that names an emoji's group."""
+        return self.assets / "emoji-vit"
+
+    @property
     def subjects(self) -> Path:
         """The subjects to learn."""
         return self.assets / "subjects"
 
     def stage(self, name: str) -> Path:
-        """Work folder of one training stage; only the autoencoder is the same for all vocabularies.
+        """Work folder of one training stage; the autoencoder and the ViT see all names, whatever the vocabulary.
 
         Args:
             name: Name of the stage.
         """
-        folder = self.work / (name if name == "autoencoder" else f"{name}-{self.vocabulary}")
+        folder = self.work / (name if name in ("autoencoder", "vit") else f"{name}-{self.vocabulary}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
