@@ -1,24 +1,90 @@
 """The builder of the embedded models: what it leaves out, what captions say, and that its training resumes."""
 
+import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ..conftest import REPOSITORY, run_script
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from embedded_base.captions import captions_of
-from embedded_base.names import is_held_back
+from embedded_base.clip import split_pairs
+from embedded_base.evaluation import recognition
+from embedded_base.names import Emoji, is_held_back, read_vocabulary
+from embedded_base.render import Pictures
+from embedded_base.settings import COLOURS, STYLES
 from embedded_base.spectra import spectrum_table
+from embedded_base.subjects import SUBJECTS
 from embedded_base.training import Stage, learning_rate_factor, make_optimizer
+from embedded_base.vit import split_names
 
 
 @pytest.mark.parametrize("name", ["grinning cat", "crying cat", "monkey face", "robot", "ghost"])
 def test_subjects_are_left_out_in_the_fluent_looks_only(name):
     assert [is_held_back(name, style) for style in ("3d", "flat", "noto", "twemoji")] == [True, True, False, False]
     assert not is_held_back("dog face", "3d")
+
+
+def test_every_subject_is_held_back_or_of_a_look_that_nobody_learns():
+    for subject in SUBJECTS:
+        for entry in (*subject.instance, *subject.held_back):
+            assert not subject.artwork.style or is_held_back(entry.drawing, subject.artwork.style)
+
+
+def test_bundled_subjects_are_complete():
+    for subject in SUBJECTS:
+        folder = REPOSITORY / "assets" / "subjects" / subject.name
+        description = json.loads((folder / "subject.json").read_text())
+        entries = [*description["instance"], *description["held_back"]]
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+        assert files == {entry["file"] for entry in entries} and len(files) == len(entries) >= 7
+        for entry in entries:
+            corner = np.array(Image.open(folder / entry["file"]).convert("RGB"))[0, 0]
+            assert np.abs(corner.astype(int) - COLOURS[entry["background"]]).max() <= 1
+        assert all("sks" in prompt for prompt in description["evaluation_prompts"])
+        assert not any("sks" in prompt for prompt in description["drift_prompts"])
+
+
+def toy_pictures(names: list[str]) -> Pictures:
+    pairs = [(name, style) for name in names for style in STYLES]
+    return Pictures(np.zeros((len(pairs), 2, 2, 4), np.uint8), [name for name, _ in pairs], [style for _, style in pairs])
+
+
+def test_clip_learns_every_name_and_misses_a_hundred_in_one_style_each():
+    pictures = toy_pictures([f"thing {number:03}" for number in range(230)])
+    learned, unpaired = split_pairs(pictures)
+    pairs = set(zip(learned.names, learned.styles, strict=True))
+    kept_out = set(zip(unpaired.names, unpaired.styles, strict=True))
+    assert len(kept_out) == len(set(unpaired.names)) == 100 and not pairs & kept_out
+    assert set(learned.names) == set(pictures.names) and len(pairs) + len(kept_out) == 4 * 230
+    assert [unpaired.styles.count(style) for style in STYLES] == [25] * 4
+
+
+def test_vit_holds_names_out_in_all_styles_and_never_sees_a_subject():
+    names = ["robot", *(f"thing {number}" for number in range(40))]
+    emoji = [Emoji(name, "0", "0", "Objects", ()) for name in names]
+    learned, held_out = split_names(toy_pictures(names), emoji)
+    assert not set(learned.names) & set(held_out.names)
+    shown = set(zip([*learned.names, *held_out.names], [*learned.styles, *held_out.styles], strict=True))
+    assert {style for name, style in shown if name == "robot"} == {"noto", "twemoji"}
+    assert len(set(held_out.names)) == 5
+
+
+def test_an_unknown_name_in_a_vocabulary_is_named():
+    with pytest.raises(SystemExit, match="grinning face"):
+        read_vocabulary("small", [Emoji("only this", "0", "0", "Objects", ())])
+
+
+def test_recognition_counts_the_place_of_the_right_name():
+    scores = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.7, 0.1, 0.4, 0.5]])
+    report = recognition(scores, torch.tensor([0, 1, 3]), "x")
+    assert report["x_top1"] == pytest.approx(1 / 3) and report["x_top5"] == pytest.approx(2 / 3)
+    assert report["x_matched_score"] == pytest.approx(100 * (0.9 + 0.8 + 0.1) / 3)
 
 
 def test_captions_name_the_look_and_the_background():
