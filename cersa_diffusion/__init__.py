@@ -1,6 +1,7 @@
 """CERSA for diffusers: fine-tuning inside the principal subspace of every linear layer (arXiv 2605.08174).
 
-Importing this package gives `load_cersa_weights` and `unload_cersa_weights` to every diffusers pipeline.
+Importing this package gives `load_cersa_weights` and its family to every diffusers pipeline, and makes `save_pretrained` of
+models with CERSA layers write dense weights.
 """
 
 from importlib.util import find_spec
@@ -15,19 +16,27 @@ from cersa_diffusion.composition import (
     enable_adapters,
     set_adapters,
 )
+from cersa_diffusion.compress import CompressionReport, compress
+from cersa_diffusion.compressed import load_compressed
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.fusing import fuse, unfuse
 from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
 from cersa_diffusion.linear import CersaLinear
-from cersa_diffusion.planner import MemoryPlan, plan_memory
+from cersa_diffusion.planner import MemoryPlan, choose_ranks, plan_memory
 
 # The core works without diffusers: other torch models, smaller installations.
 if find_spec("diffusers"):
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
+    from transformers import PreTrainedModel
 
+    from cersa_diffusion.interop.lora import LoraExport, export_lora  # noqa: F401 (without diffusers there is none)
     from cersa_diffusion.pipelines import attach
+    from cersa_diffusion.saving import save_dense
 
     attach(DiffusionPipeline)
+    save_dense(ModelMixin)
+    save_dense(PreTrainedModel)
 
 __all__ = [
     "AdapterFormatError",
@@ -35,6 +44,7 @@ __all__ = [
     "CersaConfig",
     "CersaError",
     "CersaLinear",
+    "CompressionReport",
     "ConfigError",
     "InjectionReport",
     "MemoryPlan",
@@ -42,16 +52,21 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "add_adapter",
+    "choose_ranks",
+    "compress",
     "delete_adapters",
     "disable_adapters",
     "enable_adapters",
+    "fuse",
     "inject_cersa",
     "load_adapter",
+    "load_compressed",
     "merge",
     "plan_memory",
     "restore_base",
     "save_adapter",
     "set_adapters",
     "trainable_parameters",
+    "unfuse",
 ]
 __version__ = "0.1.0"

@@ -2,24 +2,32 @@
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from cersa_diffusion.adapter_file import AdapterFile, StoredLayer, read_adapter_file, write_adapter_file
-from cersa_diffusion.cache import DecompositionCache, leading_factors
+from cersa_diffusion.checkpoint import Checkpoint, StoredWeight, finest_weight
 from cersa_diffusion.cores import MatrixCore
-from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
-from cersa_diffusion.functional import block_to_core, core_to_block, pivot_rows
+from cersa_diffusion.decomposition import LayerJob, decompose_layers
+from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError, NonFiniteError
+from cersa_diffusion.fingerprint import SINGULAR_VALUES, base_difference, base_entries
+from cersa_diffusion.functional import (
+    Decomposition,
+    block_to_core,
+    core_to_block,
+    float64,
+    low_rank_factors,
+    pivot_rows,
+)
 from cersa_diffusion.inject import cersa_layers, check_layers, replace_module, replacement
 from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.transaction import all_or_nothing
 
-# How many singular values of the base weight a file keeps to recognise it, and how far they may be off, relative to the
-# largest. Measured on the embedded base: .0002 at most when it is loaded as bfloat16, nothing as float16.
-FINGERPRINT_LENGTH = 8
-FINGERPRINT_TOLERANCE = 0.002
 LONE_COMPONENT = "model"
 
 
@@ -29,33 +37,73 @@ def save_adapter(
     *,
     adapter_name: str = "default",
     dtype: torch.dtype = torch.float16,
+    save_energy: float | None = None,
+    save_bases: bool = False,
     config: dict | None = None,
     base_model: dict | None = None,
     training: dict | None = None,
-) -> None:
+) -> dict[str, float]:
     """Saves the cores of one adapter as pivot blocks of the weight change.
 
     Args:
         model: an injected model, or the components of a pipeline by name ({"unet": ..., "text_encoder": ...}).
         path: file to write.
         adapter_name: which cores.
-        dtype: storage dtype of the blocks.
+        dtype: storage dtype of the blocks: float16, bfloat16 or float32.
+        save_energy: keep only the leading part of every layer's change that holds this share of its squared energy, in (0, 1],
+            where that makes the file smaller; default: all of it.
+        save_bases: also store the kept singular vectors and values (float32, or float16 with a 16-bit dtype): a much larger file,
+            which needs no decomposition and is as it was trained on any variant of the base.
         config: method settings for the header, by component.
         base_model: what the model was loaded from, for the header.
         training: facts of the training run, for the header.
 
+    Returns:
+        "component.module" -> relative Frobenius error of the layer's weight change as it is stored.
+
     Raises:
-        ConfigError: the model has no such adapter.
+        ConfigError: the model has no such adapter, or a setting out of range; nothing is written.
         NonFiniteError: a core holds NaN or infinity; nothing is written.
     """
+    adapter = collect_adapter(
+        model,
+        adapter_name=adapter_name,
+        dtype=dtype,
+        save_energy=save_energy,
+        save_bases=save_bases,
+        config=config,
+        base_model=base_model,
+        training=training,
+    )
+    write_adapter_file(adapter, path)
+    return {name: layer.error for name, layer in adapter.layers.items()}
+
+
+def collect_adapter(
+    model: nn.Module | Mapping[str, nn.Module],
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype = torch.float16,
+    save_energy: float | None = None,
+    save_bases: bool = False,
+    config: dict | None = None,
+    base_model: dict | None = None,
+    training: dict | None = None,
+) -> AdapterFile:
+    """The content of the file that `save_adapter` writes; `load_adapter` takes it as well. Arguments and errors as there."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ConfigError(f"dtype is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+    if save_energy is not None and not 0 < save_energy <= 1:
+        raise ConfigError(f"save_energy is {save_energy}, expected a share in (0, 1] such as 0.99, or None for everything")
     layers = {}
     for component, module in components_of(model).items():
         for name, layer in cersa_layers(module).items():
             if adapter_name in layer.cores:
-                layers[f"{component}.{_canonical_name(module, name)}"] = _store(layer, adapter_name, dtype)
+                key = f"{component}.{_canonical_name(module, name)}"
+                layers[key] = _store(key, layer, adapter_name, dtype, save_energy, save_bases)
     if not layers:
         raise ConfigError(f"no CERSA layer has an adapter {adapter_name!r}: inject or load it first")
-    write_adapter_file(AdapterFile(layers, config or {}, base_model or {}, training or {}), path)
+    return AdapterFile(layers, config or {}, base_model or {}, training or {})
 
 
 def load_adapter(
@@ -65,57 +113,65 @@ def load_adapter(
     adapter_name: str = "default",
     strength: float = 1.0,
     keep_base: bool = True,
+    allow_base_mismatch: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Loads an adapter into a model: layers that are still dense are decomposed first.
+    """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file brings the bases.
 
-    All or nothing: everything is read, checked and computed before the first layer is replaced.
+    All or nothing: everything is read, checked and computed before the first layer is replaced. What is decomposed is the weight
+    as the checkpoint on disk stores it, where memory holds it in fewer bits (see `cersa_diffusion.checkpoint`).
 
     Args:
         model: a model of the base that the adapter was trained on, or the components of a pipeline by name.
         source: a file, or its content.
         adapter_name: name for the cores, not yet used in this model.
         strength: factor of the adapter; 0 gives the truncated base.
-        keep_base: keep the replaced weights in CPU memory, so that `restore_base` can put them back.
+        keep_base: see to it that `restore_base` can put the replaced weights back: a copy in CPU memory, or where they lie on
+            disk when the model still is as its checkpoint has it.
+        allow_base_mismatch: warn instead of refusing when the weights of the model are not those of the adapter's base.
         show_progress: show a bar while layers are decomposed.
 
     Raises:
-        AdapterFormatError: the file cannot be read.
+        AdapterFormatError: the file cannot be read, or holds NaN.
         BaseMismatchError: the model lacks layers of the file, has other shapes or other weights.
         ConfigError: the adapter name is taken, or the model holds cores of other ranks.
-        NonFiniteError: NaN or infinity in the file or in a weight of the model.
+        NonFiniteError: NaN or infinity in a weight of the model.
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
-    where = "adapter" if isinstance(source, AdapterFile) else str(source)
     components = components_of(model)
-    targets = _resolve(adapter, components, where)
-    for component, layers in targets.items():
-        dense = {name: module for name, (module, _) in layers.items() if isinstance(module, nn.Linear)}
-        check_layers(components[component], dense)
-        for name, (module, stored) in layers.items():
-            if isinstance(module, CersaLinear):
-                _check_room(f"{component}.{name}", module, stored, adapter_name)
-
-    prepared, distances, cache = [], {}, DecompositionCache.default()
-    work = [(component, name, *pair) for component, layers in targets.items() for name, pair in layers.items()]
-    for component, name, module, stored in tqdm(work, desc="loading adapter", unit="layer", disable=not show_progress):
-        if isinstance(module, CersaLinear):
-            layer, singular_values = module, module.s
+    targets = resolve_layers(adapter, components)
+    dense: dict[str, dict[str, nn.Linear]] = {component: {} for component in components}
+    for target in targets.values():
+        if isinstance(target.module, CersaLinear):
+            _check_room(target, adapter_name)
         else:
-            factors = leading_factors(module.weight, lambda s, stored=stored: stored.kept_rank, cache)
-            layer = replacement(module, factors, stored.kept_rank, keep_residual=stored.residual_kept, keep_base=keep_base)
-            singular_values = factors.s
-        distances[f"{component}.{name}"] = _fingerprint_distance(singular_values, stored)
-        prepared.append((component, name, layer, stored))
-    _check_fingerprints(distances, adapter, where)
-    if cache:
-        cache.trim()
+            dense[target.component][target.name] = target.module
+    for component, layers in dense.items():
+        check_layers(components[component], layers)
 
-    cores = [_solve(f"{component}.{name}", layer, stored, where) for component, name, layer, stored in prepared]
-    for (component, name, layer, stored), core in zip(prepared, cores, strict=True):
-        layer.add_core(adapter_name, MatrixCore(stored.core_rank, stored.offset, core).requires_grad_(False), strength)
-        if components[component].get_submodule(name) is not layer:
-            replace_module(components[component], name, layer)
+    prepared = list(_prepare(targets, components, keep_base, show_progress))
+    _check_bases(prepared, adapter, allow_base_mismatch)
+    for key, _, core, _ in prepared:
+        if core is None:
+            raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
+    facts = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
+    with all_or_nothing(*components.values()):
+        for key, layer, values, _ in prepared:
+            component, name, module, stored = targets[key]
+            core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
+            core.facts = facts
+            layer.add_core(adapter_name, core, strength)
+            if module is not layer:
+                replace_module(components[component], name, layer)
+
+
+class Target(NamedTuple):
+    """The place of a stored layer in a model."""
+
+    component: str
+    name: str
+    module: nn.Linear | CersaLinear
+    stored: StoredLayer
 
 
 def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -130,63 +186,109 @@ def _canonical_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def _store(layer: CersaLinear, adapter_name: str, dtype: torch.dtype) -> StoredLayer:
+def _store(
+    key: str, layer: CersaLinear, adapter_name: str, dtype: torch.dtype, save_energy: float | None, save_bases: bool
+) -> StoredLayer:
     core = layer.cores[adapter_name]
-    U, Vh = _changed_bases(layer, core.offset, core.rank)
+    change = float64(core.dense())
+    if not torch.isfinite(change).all():
+        raise NonFiniteError(f"layer {key}: the adapter holds NaN or infinity (training diverged?), nothing was written")
+    region = slice(core.offset, core.offset + core.rank)
+    U, Vh = layer.U[:, region], layer.Vh[region]
     rows, columns = pivot_rows(U), pivot_rows(Vh.T)
-    block = core_to_block(core.dense(), U, Vh, rows, columns)
-    largest = float(block.abs().max())
-    scale = 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
-    return StoredLayer(
-        block=(block / scale).to(dtype),
+    factors = [core_to_block(change, U, Vh, rows, columns)]
+    if save_energy is not None:
+        left, right = low_rank_factors(change, save_energy)
+        if 2 * left.shape[1] < core.rank:
+            factors = [float64(U[rows.to(U.device)]) @ left, right @ float64(Vh[:, columns.to(Vh.device)])]
+    scales = [_power_of_two(factor) for factor in factors]
+    stored = StoredLayer(
+        factors=tuple((factor / scale).to("cpu", dtype) for factor, scale in zip(factors, scales, strict=True)),
         rows=rows,
         columns=columns,
-        scale=scale,
+        scale=math.prod(scales),
         out_features=layer.out_features,
         in_features=layer.in_features,
         kept_rank=layer.kept_rank,
         offset=core.offset,
         residual_kept=layer.residual is not None,
-        leading_singular_values=tuple(layer.s[:FINGERPRINT_LENGTH].tolist()),
+        leading_singular_values=tuple(layer.s[:SINGULAR_VALUES].tolist()),
+        entries=layer.base_entries,
+        bases=_stored_bases(layer, dtype) if save_bases else None,
     )
+    size = float(change.norm())
+    if not size:
+        return stored
+    restored = block_to_core(stored.block(), U, Vh, rows, columns).to(change.device)
+    return replace(stored, error=float((restored - change).norm()) / size)
 
 
-def _changed_bases(layer: CersaLinear, offset: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    region = slice(offset, offset + rank)
-    return layer.U[:, region], layer.Vh[region]
+def _power_of_two(tensor: torch.Tensor) -> float:
+    largest = float(tensor.abs().max())
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
-def _resolve(
-    adapter: AdapterFile, components: dict[str, nn.Module], where: str
-) -> dict[str, dict[str, tuple[nn.Module, StoredLayer]]]:
-    """Finds the module of every stored layer: component -> module name -> (module, layer)."""
-    targets: dict[str, dict[str, tuple[nn.Module, StoredLayer]]] = {}
-    problems = []
+def _stored_bases(layer: CersaLinear, dtype: torch.dtype) -> Decomposition:
+    # Orthonormal columns have no use for the range of bfloat16, but for the digits of float16.
+    narrow = torch.float32 if dtype == torch.float32 else torch.float16
+    return Decomposition(layer.U.to("cpu", narrow), layer.s.to("cpu", torch.float32), layer.Vh.to("cpu", narrow))
+
+
+def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) -> dict[str, Target]:
+    """Finds the module of every stored layer.
+
+    Args:
+        adapter: the file's content.
+        components: the models by name.
+
+    Returns:
+        Key of the layer in the file -> its place.
+
+    Raises:
+        BaseMismatchError: layers that are not there, of other shapes, or no linear layers; all are named in one message.
+    """
     lone = set(components) == {LONE_COMPONENT} and len({key.partition(".")[0] for key in adapter.layers}) == 1
+    modules = {component: dict(model.named_modules()) for component, model in components.items()}
+    targets: dict[str, Target] = {}
+    problems: dict[str, list[str]] = {}
+    taken: set[tuple[str, str]] = set()
     for key, stored in adapter.layers.items():
         component, _, module_name = key.partition(".")
         component = LONE_COMPONENT if lone else component
-        if component not in components:
-            raise BaseMismatchError(f"{where}: it has a component {component!r}, this model has {sorted(components)}")
-        modules = dict(components[component].named_modules())
+        if component not in modules:
+            problems.setdefault(f"the model has no {component!r}, only {sorted(components)}", []).append(key)
+            continue
         names = (module_name, module_name.removeprefix("text_model."), f"text_model.{module_name}")
-        name = next((name for name in names if name in modules), None)
-        if name is None or not isinstance(modules[name], nn.Linear | CersaLinear):
-            found = "no such layer" if name is None else f"it is a {type(modules[name]).__module__}, unload other adapters first"
-            problems.append(f"{key} ({found})")
+        name = next((name for name in names if name in modules[component]), None)
+        module = modules[component].get(name)
+        problem = _problem(module, stored) or ("named twice" if (component, name) in taken else None)
+        if problem:
+            problems.setdefault(problem, []).append(key)
             continue
-        module = modules[name]
-        if (module.out_features, module.in_features) != (stored.out_features, stored.in_features):
-            found, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
-            problems.append(f"{key} (the model has {found}, the adapter {expected})")
-            continue
-        targets.setdefault(component, {})[name] = (module, stored)
+        taken.add((component, name))
+        targets[key] = Target(component, name, module, stored)
     if problems:
+        listing = "; ".join(f"{problem}: {_some(keys)}" for problem, keys in problems.items())
+        count = sum(map(len, problems.values()))
         raise BaseMismatchError(
-            f"{where}: {len(problems)} of {len(adapter.layers)} layers do not fit this model, e.g. {', '.join(problems[:3])}: "
-            f"load it into its own base{_base_name(adapter)}"
+            f"{adapter.source}: {count} of {len(adapter.layers)} layers do not fit this model: {listing[:2000]}. "
+            f"Load it into its own base{_base_name(adapter)}"
         )
     return targets
+
+
+def _problem(module: nn.Module | None, stored: StoredLayer) -> str | None:
+    if module is None:
+        return "no such layer in the model"
+    if not isinstance(module, nn.Linear | CersaLinear):
+        return f"it is a {type(module).__module__} (unload other adapters first)"
+    found, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
+    return None if found == expected else f"the model has shape {found}, the adapter {expected}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:200] for name in names[:5]) + more
 
 
 def _base_name(adapter: AdapterFile) -> str:
@@ -194,41 +296,92 @@ def _base_name(adapter: AdapterFile) -> str:
     return f" ({name})" if name else ""
 
 
-def _check_room(name: str, layer: CersaLinear, stored: StoredLayer, adapter_name: str) -> None:
+def _check_room(target: Target, adapter_name: str) -> None:
+    layer, stored = target.module, target.stored
     if adapter_name in layer.cores:
         raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name or unload it")
     if layer.kept_rank != stored.kept_rank or (layer.residual is not None) != stored.residual_kept:
         raise ConfigError(
-            f"layer {name} keeps {layer.kept_rank} components, the adapter was trained with {stored.kept_rank} (or with the "
-            "residual kept in one and dropped in the other): unload the loaded adapter first"
+            f"layer {target.component}.{target.name} keeps {layer.kept_rank} components, the adapter was trained with "
+            f"{stored.kept_rank} (or with the residual kept in one and dropped in the other): unload the loaded adapter first"
         )
 
 
-def _fingerprint_distance(singular_values: torch.Tensor, stored: StoredLayer) -> float:
-    expected = torch.tensor(stored.leading_singular_values, dtype=torch.float64)
-    if len(expected) > len(singular_values):
-        return math.inf
-    found = singular_values[: len(expected)].double().cpu()
-    return float((found - expected).abs().max() / expected.max().clamp_min(torch.finfo(torch.float64).tiny))
+class _Prepared(NamedTuple):
+    """A layer ready to be put in its place, its core (None: it cannot be solved for), and difference and excess of its base."""
+
+    key: str
+    layer: CersaLinear
+    core: torch.Tensor | None
+    difference: tuple[float, float]
 
 
-def _check_fingerprints(distances: dict[str, float], adapter: AdapterFile, where: str) -> None:
-    wrong = {name: distance for name, distance in distances.items() if distance > FINGERPRINT_TOLERANCE}
-    if wrong:
-        worst = sorted(wrong, key=wrong.get, reverse=True)[:3]
-        listing = ", ".join(f"{name} ({wrong[name]:.1%})" for name in worst)
-        raise BaseMismatchError(
-            f"{where}: trained on another base model{_base_name(adapter)}: the leading singular values of {len(wrong)} of "
-            f"{len(distances)} layers differ from this model's, worst {listing}"
-        )
+def _prepare(
+    targets: dict[str, Target], components: Mapping[str, nn.Module], keep_base: bool, show_progress: bool
+) -> Iterator[_Prepared]:
+    checkpoints = {name: Checkpoint.of(model) for name, model in components.items()}
+    places, jobs = {}, []
+    for key, (component, name, module, stored) in targets.items():
+        if isinstance(module, CersaLinear):
+            factors = Decomposition(module.U, module.s, module.Vh)
+            yield _Prepared(key, module, solve_core(factors, stored), _difference(module.s, module.base_entries, stored))
+            continue
+        places[key] = checkpoints[component].find(name, module.weight, finer_only=not keep_base)
+        if stored.bases is None:
+            jobs.append(LayerJob.of(key, module, lambda s, k=stored.kept_rank: k, places[key]))
+        else:
+            factors = Decomposition(*(factor.to(module.weight.device, torch.float32) for factor in stored.bases))
+            yield _build(key, targets[key], factors, places[key], keep_base)
+    with decompose_layers(jobs, show_progress=show_progress) as decomposed:
+        for key, factors in decomposed:
+            yield _build(key, targets[key], factors, places[key], keep_base)
 
 
-def _solve(name: str, layer: CersaLinear, stored: StoredLayer, where: str) -> torch.Tensor:
-    block = stored.block.double() * stored.scale
+def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight | None, keep_base: bool) -> _Prepared:
+    module, stored = target.module, target.stored
+    weight = finest_weight(module.weight, place)
+    singular_values = factors.s
+    if stored.bases is not None:
+        # Without a decomposition: what the weight at hand does to the stored vectors.
+        first = slice(len(stored.leading_singular_values))
+        singular_values = ((float64(factors.U[:, first]).T @ float64(weight)) * float64(factors.Vh[first])).sum(1)
+    layer = replacement(module, factors, stored.kept_rank, keep_residual=stored.residual_kept, keep_base=keep_base, stored=place)
+    # Solved for with the factors as they are before the layer rounds them to its dtype.
+    return _Prepared(key, layer, solve_core(factors, stored), _difference(singular_values, base_entries(weight), stored))
+
+
+def _difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
+    return base_difference(singular_values, entries, stored.leading_singular_values, stored.entries)
+
+
+def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | None:
+    """The core of a stored layer in the coordinates of a decomposition of its base.
+
+    Args:
+        factors: at least the kept singular triplets, in any floating dtype.
+        stored: the layer.
+
+    Returns:
+        (r, r) float32, or None where the pivot rows or columns of these factors are dependent.
+    """
+    region = slice(stored.offset, stored.offset + stored.core_rank)
     try:
-        core = block_to_core(block, *_changed_bases(layer, stored.offset, stored.core_rank), stored.rows, stored.columns)
-    except torch.linalg.LinAlgError as error:
-        raise AdapterFormatError(f"{where}: layer {name}: its pivot rows or columns are dependent in this base") from error
-    if not torch.isfinite(core).all():
-        raise AdapterFormatError(f"{where}: layer {name}: its pivot rows or columns are dependent in this base")
-    return core
+        core = block_to_core(stored.block(), factors.U[:, region], factors.Vh[region], stored.rows, stored.columns).float()
+    except torch.linalg.LinAlgError:
+        return None
+    return core if torch.isfinite(core).all() else None
+
+
+def _check_bases(prepared: list[_Prepared], adapter: AdapterFile, allowed: bool) -> None:
+    wrong = {layer.key: layer.difference for layer in prepared if layer.difference[1] > 1}
+    if not wrong:
+        return
+    worst = sorted(wrong, key=lambda key: -wrong[key][1])[:3]
+    listing = ", ".join(f"{key} ({wrong[key][0]:.2%})" for key in worst)
+    message = (
+        f"{adapter.source}: trained on another base model{_base_name(adapter)}: the weights of {len(wrong)} of "
+        f"{len(prepared)} layers differ from this model's, worst {listing}"
+    )
+    if not allowed:
+        raise BaseMismatchError(f"{message}: load it into its own base, or pass allow_base_mismatch=True to try all the same")
+    warnings.warn(f"{message}; loaded all the same (allow_base_mismatch)", stacklevel=3)

@@ -1,18 +1,23 @@
 """Decomposing is done once: an on-disk cache of singular value decompositions.
 
-Entries are safetensors, named by a hash of the weight's bytes and of the algorithm, read memory-mapped. Writing is atomic, so
-that several processes may fill one cache. `CERSA_CACHE` names the folder or is "off", `CERSA_CACHE_LIMIT` bounds it in GiB.
+Entries are safetensors, named by a hash of the weight's bytes and of the algorithm, read memory-mapped. Writing is atomic and a
+lock per entry keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is "off", `CERSA_CACHE_LIMIT`
+bounds it in GiB.
 """
 
+import contextlib
 import hashlib
 import os
+import threading
 import uuid
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +27,10 @@ from cersa_diffusion.functional import Decomposition, decompose
 # Raised whenever `decompose` may give other numbers for the same weight.
 ALGORITHM = "gram-or-svd-1"
 DEFAULT_LIMIT_GIB = 20.0
+# How long to wait for another process that computes an entry, before computing it here as well.
+CLAIM_SECONDS = 600
+# On an accelerator layers are decomposed one at a time: more at once take memory and no less time.
+_ACCELERATOR = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class DecompositionCache:
 
     def __init__(self, folder: str | os.PathLike, limit_bytes: int):
         self.folder, self.limit_bytes = Path(folder), limit_bytes
+        self._writable, self._warning = True, threading.Lock()
 
     @classmethod
     def default(cls) -> "DecompositionCache | None":
@@ -71,21 +81,58 @@ class DecompositionCache:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 factors = Decomposition(*(file.get_tensor(name) for name in ("U", "s", "Vh")))
-            os.utime(path)
         except (OSError, safetensors.SafetensorError):
             return None
+        with contextlib.suppress(OSError):  # someone else's cache: readable all the same
+            os.utime(path)
         return factors
 
     def write(self, key: str, factors: Decomposition) -> None:
-        """Writes an entry under a temporary name and renames it: readers see the old entry, the new one, or none."""
+        """Writes an entry under a temporary name and renames it: readers see the old entry, the new one, or none.
+
+        A folder that cannot be written (or a full disk) costs a warning, once, and the cache is only read from then on.
+        """
+        if not self._writable:
+            return
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path, factors)
+        except (OSError, safetensors.SafetensorError) as error:
+            with self._warning:
+                if self._writable:
+                    warnings.warn(
+                        f"the decomposition cache {self.folder} cannot be written ({error}): set CERSA_CACHE to another folder, "
+                        "or every run decomposes anew",
+                        stacklevel=2,
+                    )
+                self._writable = False
+
+    def _write(self, path: Path, factors: Decomposition) -> None:
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; safetensors alone would make the file private
             save_file({name: tensor.contiguous().cpu() for name, tensor in factors._asdict().items()}, temporary)
+            temporary.chmod(mode)
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[None]:
+        """Waits until no other process computes this entry; a process that dies gives its claim up.
+
+        Where there are no locks (a read-only folder), or after `CLAIM_SECONDS`, the entry is computed by both.
+        """
+        path = self._path(key)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, Timeout):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # One lock for all entries of a subfolder: their number stays bounded, and waiting in vain does no harm.
+                stack.enter_context(FileLock(path.parent / ".lock", timeout=CLAIM_SECONDS))
+            yield
 
     def trim(self) -> None:
         """Removes the entries that were unused for longest until the rest fits the limit."""
@@ -94,7 +141,8 @@ class DecompositionCache:
         for path, status in entries:
             if excess <= 0:
                 return
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # someone else's cache
+                path.unlink(missing_ok=True)
             excess -= status.st_size
 
     def clear(self) -> None:
@@ -141,13 +189,28 @@ def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache:
     Returns:
         U (m, k) and Vh (k, n) in float32, and the *whole* spectrum s (p,) in float64.
     """
-    key = weight_key(weight) if cache else ""
-    found = cache.read(key) if cache else None
-    if found is not None and found.U.shape[1] >= choose_rank(found.s):
+    if cache is None:
+        return _rounded(weight, choose_rank)
+    key = weight_key(weight)
+    found = _enough(cache.read(key), weight, choose_rank)
+    if found is not None:
         return found
-    factors = decompose(weight)
+    with cache.claim(key):
+        found = _enough(cache.read(key), weight, choose_rank)  # another process may have been at it
+        if found is None:
+            found = _rounded(weight, choose_rank)
+            cache.write(key, found)
+    return found
+
+
+def _enough(found: Decomposition | None, weight: Tensor, choose_rank: Callable[[Tensor], int]) -> Decomposition | None:
+    if found is None or len(found.s) != min(weight.shape) or (len(found.U), found.Vh.shape[-1]) != weight.shape:
+        return None
+    return found if found.U.shape[1] >= choose_rank(found.s) else None
+
+
+def _rounded(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> Decomposition:
+    with contextlib.nullcontext() if weight.device.type == "cpu" else _ACCELERATOR:
+        factors = decompose(weight)
     rank = choose_rank(factors.s)
-    factors = Decomposition(factors.U[:, :rank].float(), factors.s, factors.Vh[:rank].float())
-    if cache:
-        cache.write(key, factors)
-    return factors
+    return Decomposition(factors.U[:, :rank].float(), factors.s, factors.Vh[:rank].float())

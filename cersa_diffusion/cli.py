@@ -1,45 +1,21 @@
-"""The `cersa` command: plan the memory of a training run, look into adapter files and into the decomposition cache."""
+"""The `cersa` command: plan the memory of a training run, factor checkpoints, look into adapter files, take them elsewhere."""
 
 import argparse
 import json
 import sys
-from collections import defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
-from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
 from cersa_diffusion.cache import DecompositionCache
+from cersa_diffusion.cli_adapters import add_adapter_commands
+from cersa_diffusion.compress import compress
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import CersaError
 from cersa_diffusion.memory import OPTIMIZERS
 from cersa_diffusion.plan_report import plot_plan
 from cersa_diffusion.planner import plan_memory
 from cersa_diffusion.tokens import pipeline_tokens
-
-
-def describe_adapter(adapter: AdapterFile) -> str:
-    """What an adapter file is, for people: base, settings, training, layers by component."""
-    lines = []
-    for title, part in (("base model", adapter.base_model), ("settings", adapter.config), ("training", adapter.training)):
-        lines.append(title)
-        lines += [f"  {name}: {json.dumps(value)}" for name, value in part.items()] or ["  (nothing stored)"]
-    by_component = defaultdict(list)
-    for name, layer in adapter.layers.items():
-        by_component[name.partition(".")[0]].append(layer)
-    lines.append("layers")
-    for component, layers in by_component.items():
-        trained = sum(layer.core_rank**2 for layer in layers)
-        shares = sorted(layer.kept_rank / min(layer.out_features, layer.in_features) for layer in layers)
-        lines.append(
-            f"  {component}: {len(layers)} layers, {trained / 1e6:.2f} M numbers in {layers[0].block.dtype}; "
-            f"kept rank / full rank {shares[0]:.2f} to {shares[-1]:.2f}, median {shares[len(shares) // 2]:.2f}"
-        )
-    return "\n".join(lines)
-
-
-def _info(arguments: argparse.Namespace) -> None:
-    print(describe_adapter(read_adapter_file(arguments.file)))
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -58,7 +34,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     from cersa_diffusion.training.base import TARGET_MODULES, load_base
 
     configs = {
-        component: CersaConfig(alpha=arguments.alpha, beta=arguments.beta, target_modules=targets)
+        component: CersaConfig(
+            alpha=arguments.alpha, beta=arguments.beta, memory_budget=arguments.memory_budget, target_modules=targets
+        )
         for component, targets in TARGET_MODULES.items()
     }
     pipeline = load_base(arguments.model)
@@ -85,6 +63,7 @@ def _add_plan(commands) -> None:
     plan.add_argument("model", help="a Stable Diffusion pipeline: a folder or a model id on the hub")
     plan.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
     plan.add_argument("--beta", type=float, help=help_texts["beta"])
+    plan.add_argument("--memory_budget", metavar="SIZE", help=help_texts["memory_budget"])
     plan.add_argument("--rank", type=int, default=32, help="rank of LoRA")
     plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="whose state is counted")
     plan.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="compute dtype of training")
@@ -95,14 +74,48 @@ def _add_plan(commands) -> None:
     plan.set_defaults(run=_plan)
 
 
+def _compress(arguments: argparse.Namespace) -> None:
+    config = CersaConfig(alpha=arguments.alpha, unprofitable=arguments.unprofitable)
+    if arguments.components:
+        # Imported here, as for the plan: what the trainer trains of a text encoder is what is factored of it.
+        from cersa_diffusion.training.base import TARGET_MODULES
+
+        targets = {name: TARGET_MODULES["text_encoder" if "text" in name else "unet"] for name in arguments.components}
+        config = {name: replace(config, target_modules=own) for name, own in targets.items()}
+    report = compress(
+        arguments.model,
+        arguments.output,
+        config=config,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        device=arguments.device,
+        revision=arguments.revision,
+        variant=arguments.variant,
+    )
+    print(f"{arguments.output}: {report}")
+
+
+def _add_compress(commands) -> None:
+    help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
+    parser = commands.add_parser("compress", help="write a checkpoint in factored form: loading it needs no decomposition")
+    parser.add_argument("model", help="a pipeline or model: a folder, or a pipeline's id on the hub")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
+    parser.add_argument("--unprofitable", choices=["factor", "skip"], default="factor", help=help_texts["unprofitable"])
+    parser.add_argument("--components", nargs="+", metavar="NAME", help="unet, text_encoder, ... (default: the denoiser)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage (default: as the checkpoint has it)")
+    parser.add_argument("--device", help="where to decompose (default: cpu)")
+    parser.add_argument("--revision", help="of a model on the hub")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parser.set_defaults(run=_compress)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `cersa` command."""
     parser = argparse.ArgumentParser(prog="cersa", description=__doc__)
     commands = parser.add_subparsers(required=True)
     _add_plan(commands)
-    info = commands.add_parser("info", help="say what an adapter file holds")
-    info.add_argument("file", help="a CERSA adapter (safetensors)")
-    info.set_defaults(run=_info)
+    _add_compress(commands)
+    add_adapter_commands(commands)
     cache = commands.add_parser("cache", help="the decomposition cache: where it is and how big, or empty it")
     cache.add_argument("action", choices=["info", "clear"])
     cache.set_defaults(run=_cache)

@@ -1,8 +1,10 @@
 """What CERSA does to a model, as one dataclass whose help texts the command lines reuse."""
 
+import math
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +14,34 @@ from cersa_diffusion.functional import energy_rank
 
 def _option(default, text: str):
     return field(default=default, metadata={"help": text})
+
+
+class LayerRanks(NamedTuple):
+    """How many components of a layer are kept (k) and how many of them are trained (r)."""
+
+    kept: int
+    core: int
+
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + ending: base**power for power, prefix in enumerate("kmgt", start=1) for ending, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def parse_bytes(size: str | int | float) -> int:
+    """A memory size as a whole number of bytes.
+
+    Args:
+        size: "900MB" (powers of 1000), "1.5GiB" (powers of 1024), or a number of bytes.
+
+    Raises:
+        ConfigError: something else, or less than one byte.
+    """
+    parts = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)\s*([a-z]*)", str(size).strip().lower())
+    number = float(parts[1]) * _UNITS.get(parts[2], math.nan) if parts else math.nan
+    if not 1 <= number < math.inf:
+        raise ConfigError(f"{size!r} is no memory size: expected e.g. '900MB', '1.5GiB' or a number of bytes, at least 1")
+    return int(number)
 
 
 @dataclass
@@ -39,6 +69,11 @@ class CersaConfig:
     unprofitable: Literal["factor", "skip"] = _option(
         "factor", "Layers whose factors and core hold more numbers than their dense weight: treat as all others, or leave alone."
     )
+    memory_budget: str | int | float | None = _option(
+        None,
+        "Most bytes that the training state of the whole model may take (all frozen and trained weights, gradients and optimizer "
+        "state), e.g. '900MB' or '1.5GiB'. Instead of alpha, it decides how much is kept in every layer.",
+    )
     target_modules: str | list[str] = _option(
         "all-linear", "'all-linear', a regular expression for whole module names, or a list of name endings."
     )
@@ -53,8 +88,9 @@ class CersaConfig:
     def __post_init__(self):
         if not 0 < self.alpha <= 1:
             raise ConfigError(f"alpha is {self.alpha}, expected a share in (0, 1]: the usual values are .8 to .95")
-        if self.beta is not None and not 0 < self.beta <= self.alpha:
-            raise ConfigError(f"beta is {self.beta}, expected a share in (0, alpha = {self.alpha}]: lower beta or raise alpha")
+        most = 1.0 if self.memory_budget is not None else self.alpha
+        if self.beta is not None and not 0 < self.beta <= most:
+            raise ConfigError(f"beta is {self.beta}, expected a share in (0, alpha = {most}]: lower beta or raise alpha")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank is {self.rank}, expected at least 1, or None to let alpha decide")
         for name, allowed in _CHOICES.items():
@@ -62,27 +98,56 @@ class CersaConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}")
         if self.off_diagonals < 0:
             raise ConfigError(f"off_diagonals is {self.off_diagonals}, expected 0 or more")
-        if self.block == "bottom" and (self.beta is None or self.beta == self.alpha or self.rank is not None):
+        if self.block == "bottom" and (self.beta in (None, most) or self.rank is not None):
             raise ConfigError("block='bottom' trains the last of the kept components: set beta below alpha, and no rank")
-        if self.core == "sparse" and self.trained_share != self.alpha:
+        if self.core == "sparse" and self.beta not in (None, most):
             raise ConfigError("core='sparse' trains entries between all kept components: leave beta out")
         if self.core != "sparse" and (self.off_diagonals or self.sparse_pattern != "banded"):
             warnings.warn("sparse_pattern and off_diagonals are ignored without core='sparse'", stacklevel=3)
         if self.rank is not None and self.beta is not None:
             warnings.warn("beta is ignored: rank fixes both the kept and the trained components", stacklevel=3)
+        if self.residual == "keep" and self.unprofitable == "skip":
+            raise ConfigError(
+                "residual='keep' holds the whole weight, so unprofitable='skip' would leave no layer: drop one of them"
+            )
+        if self.memory_budget is not None:
+            self._check_budget()
 
-    @property
-    def trained_share(self) -> float:
-        """beta, or alpha where beta was left out."""
-        return self.alpha if self.beta is None else self.beta
+    def _check_budget(self):
+        parse_bytes(self.memory_budget)
+        if self.rank is not None:
+            raise ConfigError(
+                f"rank = {self.rank} and memory_budget = {self.memory_budget} both decide what is kept: leave one out"
+            )
+        if self.residual == "keep":
+            raise ConfigError("memory_budget chooses what is dropped, and residual='keep' drops nothing: leave one of them out")
+        if self.alpha != CersaConfig.alpha:
+            warnings.warn("alpha is ignored: memory_budget decides how much is kept", stacklevel=4)
 
     def kept_rank(self, singular_values: Tensor) -> int:
-        """k for a spectrum (p,), descending (Eq. 2)."""
+        """k for a spectrum (p,), descending (Eq. 2).
+
+        Raises:
+            ConfigError: with a memory budget, which no layer can apply on its own (see `choose_ranks`).
+        """
+        if self.memory_budget is not None:
+            raise ConfigError(f"memory_budget = {self.memory_budget} decides over all layers together: use choose_ranks")
         return energy_rank(singular_values, self.alpha) if self.rank is None else min(self.rank, len(singular_values))
 
-    def core_rank(self, singular_values: Tensor) -> int:
-        """r for a spectrum (p,), descending (Eq. 2)."""
-        return energy_rank(singular_values, self.trained_share) if self.rank is None else self.kept_rank(singular_values)
+    def core_rank(self, singular_values: Tensor, kept_rank: int) -> int:
+        """r for a spectrum (p,), descending (Eq. 2), of which k components are kept: all, or those that hold beta."""
+        if self.beta is None or self.rank is not None:
+            return kept_rank
+        return min(kept_rank, energy_rank(singular_values, self.beta))
+
+    def layer_ranks(self, singular_values: Tensor) -> LayerRanks:
+        """k and r for a spectrum (p,), descending.
+
+        Raises:
+            ConfigError: with a memory budget, as `kept_rank`.
+        """
+        kept = self.kept_rank(singular_values)
+        return LayerRanks(kept, self.core_rank(singular_values, kept))
 
     def to_dict(self) -> dict:
         """The settings as plain values for JSON."""

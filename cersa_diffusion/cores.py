@@ -40,14 +40,20 @@ class Core(KeepsFloat32):
     def __init__(self, rank: int, offset: int = 0):
         super().__init__()
         self.rank, self.offset = rank, offset
+        # Of a core that was loaded: what the file's header says about settings, base and training, to be saved again.
+        self.facts: dict[str, dict] = {}
 
     def compact(self) -> Tensor:
         """The change as the forward pass wants it: (r, r) or, where it is diagonal, (r,)."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def forward(self) -> Tensor:
+        """`compact`, as a call of the module: that is where offloading hooks bring its parameters to the device."""
+        return self.compact()
+
     def dense(self) -> Tensor:
         """The change as an (r, r) matrix, float32."""
-        core = self.compact()
+        core = self()
         return torch.diag(core) if core.ndim == 1 else core
 
     def extra_repr(self) -> str:

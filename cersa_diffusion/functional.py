@@ -71,6 +71,20 @@ def energy_rank(singular_values: Tensor, share: float) -> int:
     return int((energy / energy[-1] < share).sum()) + 1
 
 
+def kept_energy(singular_values: Tensor, rank: int) -> float:
+    """Share of the squared-singular-value energy in the leading `rank` values: the alpha that this rank amounts to.
+
+    Args:
+        singular_values: (p,) non-negative, descending.
+        rank: k in 1..p.
+
+    Returns:
+        A share in (0, 1]; 1 for a matrix of zeros, of which nothing is lost.
+    """
+    energy = float64(singular_values).square().cumsum(0)
+    return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
+
+
 def cersa_linear(
     x: Tensor,
     U: Tensor,
@@ -153,6 +167,21 @@ def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: T
     left, right = _pivot_factors(U, Vh, rows, columns)
     halfway = torch.linalg.solve(left, float64(block).to(left.device))
     return torch.linalg.solve(right, halfway, left=False)
+
+
+def low_rank_factors(core: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The leading part of a core as a product ``L R`` with as few columns as hold a share of its squared energy.
+
+    Args:
+        core: (r, r).
+        share: in (0, 1].
+
+    Returns:
+        L (r, q) and R (q, r) in float64, the singular values shared between them by their roots.
+    """
+    U, s, Vh = torch.linalg.svd(float64(core))
+    q = energy_rank(s, share)
+    return U[:, :q] * s[:q].sqrt(), s[:q, None].sqrt() * Vh[:q]
 
 
 def _pivot_factors(U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

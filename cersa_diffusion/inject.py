@@ -2,19 +2,22 @@
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from cersa_diffusion.cache import DecompositionCache, leading_factors
-from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.budget import select_ranks
+from cersa_diffusion.checkpoint import Checkpoint, StoredWeight, finest_weight
+from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.cores import Core, DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
+from cersa_diffusion.decomposition import LayerJob, decompose_layers
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.functional import Decomposition, float64
-from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.fingerprint import base_entries
+from cersa_diffusion.functional import Decomposition, float64, kept_energy
+from cersa_diffusion.linear import CersaLinear, FusedLinear
+from cersa_diffusion.memory import is_profitable
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def match_targets(
     if not targets:
         endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
         already = sum(isinstance(module, CersaLinear) for module in model.modules())
-        hint = f"; {already} layers are CERSA layers already" if already else ""
+        hint = f"; {already} layers are CERSA layers already: add_adapter adds an adapter to them" if already else ""
         raise ConfigError(
             f"target_modules={target_modules!r} matches no nn.Linear of {type(model).__name__}: "
             f"its linear layers end in {endings}{hint}"
@@ -116,19 +119,32 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
         ConfigError: a meta tensor, a non-floating dtype, or a weight that two modules share.
         NonFiniteError: NaN or infinity in a weight.
     """
-    owners: dict[int, list[str]] = {}
-    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(parameter_name)
+    check_untied(model, layers)
     for name, layer in layers.items():
         weight = layer.weight
         if weight.is_meta:
             raise ConfigError(f"layer {name} is on the meta device: load the weights before injecting")
+        if isinstance(layer, FusedLinear):
+            raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
         if not weight.is_floating_point():
             raise ConfigError(f"layer {name} has dtype {weight.dtype}, expected a floating dtype: dequantise it or exclude it")
-        if len(owners[id(weight)]) > 1:
-            raise ConfigError(f"layer {name} shares its weight with {owners[id(weight)]}: untie it or add it to exclude_modules")
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"layer {name} holds NaN or infinity: this checkpoint is damaged")
+
+
+def check_untied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Refuses layers whose weight another module has as well.
+
+    Raises:
+        ConfigError: such a layer, and what it shares its weight with.
+    """
+    owners: dict[int, list[str]] = {}
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(parameter_name)
+    for name, layer in layers.items():
+        if len(owners[id(layer.weight)]) > 1:
+            names = owners[id(layer.weight)]
+            raise ConfigError(f"layer {name} shares its weight with {names}: untie it or add it to exclude_modules")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -140,7 +156,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replacement(
-    linear: nn.Linear, factors: Decomposition, kept_rank: int, *, keep_residual: bool, keep_base: bool
+    linear: nn.Linear,
+    factors: Decomposition,
+    kept_rank: int,
+    *,
+    keep_residual: bool,
+    keep_base: bool,
+    stored: StoredWeight | None = None,
 ) -> CersaLinear:
     """The CERSA layer for a linear layer, not yet in its place and without cores.
 
@@ -149,25 +171,29 @@ def replacement(
         factors: its decomposition, at least the leading `kept_rank` triplets.
         kept_rank: k.
         keep_residual: keep the part of the weight outside these components, frozen and dense.
-        keep_base: keep the weight in CPU memory.
+        keep_base: keep the weight for `restore_base`: in CPU memory, unless it can be read again from its checkpoint.
+        stored: where the checkpoint has the weight, if it has.
     """
     weight, residual = linear.weight, None
     if keep_residual:
         # What the bases do not hold after they were rounded to the compute dtype: together they are the weight again.
         U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
         residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
-    dense_weight = weight if keep_base else None
-    return CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual)
+    dense_weight = (stored or weight) if keep_base else None
+    layer = CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual)
+    layer.base_entries = base_entries(finest_weight(weight, stored))
+    return layer
 
 
-def new_core(config: CersaConfig, factors: Decomposition) -> Core:
+def new_core(config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> Core:
     """The untrained core of a layer.
 
     Args:
         config: the settings.
-        factors: the layer's decomposition, with the whole spectrum.
+        ranks: k and r.
+        factors: the layer's decomposition, at least the leading k triplets.
     """
-    kept, rank = config.kept_rank(factors.s), config.core_rank(factors.s)
+    kept, rank = ranks
     if config.core == "sparse":
         places = banded_places(kept, min(config.off_diagonals, kept - 1))
         if config.sparse_pattern == "random":
@@ -179,11 +205,28 @@ def new_core(config: CersaConfig, factors: Decomposition) -> Core:
     return MatrixCore(rank, offset) if config.core == "matrix" else DiagonalCore(rank, offset)
 
 
-def is_profitable(layer: CersaLinear) -> bool:
-    """Whether bases and cores hold fewer numbers than the dense weight (design: m k + n k + r^2 < m n)."""
-    trained = sum(parameter.numel() for parameter in layer.cores.parameters())
-    m, n = layer.out_features, layer.in_features
-    return (m + n) * layer.kept_rank + trained < m * n
+def _ranks_given(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: CersaConfig,
+    ranks: Mapping[str, LayerRanks | None] | None,
+    show_progress: bool,
+) -> Mapping[str, LayerRanks | None] | None:
+    """The ranks that are known before the decomposition: the caller's, or those a memory budget comes to; None: by alpha."""
+    if ranks is None:
+        if config.memory_budget is None:
+            return None
+        named = {f"model.{name}": (linear, config) for name, linear in targets.items()}
+        selected = select_ranks({"model": model}, named, show_progress=show_progress)
+        return {layer.name.removeprefix("model."): own for layer, own in selected}
+    if set(ranks) != set(targets):
+        differing = sorted(set(ranks) ^ set(targets))
+        raise ConfigError(f"ranks and targets differ in {len(differing)} layers, e.g. {differing[:3]}: give ranks for each")
+    for name, own in ranks.items():
+        shape = tuple(targets[name].weight.shape)
+        if own is not None and not 1 <= own.core <= own.kept <= min(shape):
+            raise ConfigError(f"layer {name} of shape {shape} cannot have {own}: expected 1 <= core <= kept <= {min(shape)}")
+    return ranks
 
 
 def inject_cersa(
@@ -191,6 +234,7 @@ def inject_cersa(
     config: CersaConfig,
     adapter_name: str = "default",
     *,
+    ranks: Mapping[str, LayerRanks | None] | None = None,
     keep_base: bool = False,
     show_progress: bool = True,
 ) -> InjectionReport:
@@ -201,38 +245,51 @@ def inject_cersa(
 
     Args:
         model: any torch model; changed in place.
-        config: energy shares and targets.
+        config: energy shares and targets. A memory budget counts this model alone, in the dtypes it has and with AdamW.
         adapter_name: name of the cores.
-        keep_base: keep the replaced weights in CPU memory, so that `restore_base` can put them back.
+        ranks: layer name -> ranks, or None for a layer that stays dense: what `choose_ranks` made of a budget that several
+            models share, or of other conditions of training. They come before those of the settings.
+        keep_base: see to it that `restore_base` can put the replaced weights back: a copy in CPU memory, or where they lie on
+            disk when the model still is as its checkpoint has it.
         show_progress: show a bar with layer names and remaining time.
 
     Returns:
         Shapes and ranks of all layers, and the seconds it took.
 
     Raises:
-        ConfigError: nothing matches, or a target cannot be decomposed.
+        ConfigError: nothing matches, a target cannot be decomposed, or a budget cannot be met.
         NonFiniteError: NaN or infinity in a weight.
     """
     start = time.perf_counter()
-    cache = DecompositionCache.default()
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
-    replacements, rows, skipped = {}, [], []
-    for name, linear in _progress(targets.items(), show_progress):
-        factors = leading_factors(linear.weight, config.kept_rank, cache)
-        layer = replacement(
-            linear, factors, config.kept_rank(factors.s), keep_residual=config.residual == "keep", keep_base=keep_base
-        )
-        layer.add_core(adapter_name, new_core(config, factors))
-        if config.unprofitable == "skip" and not is_profitable(layer):
-            skipped.append(name)
-            continue
-        replacements[name] = layer
-        rows.append(_report(name, layer, adapter_name, factors.s))
+    ranks = _ranks_given(model, targets, config, ranks, show_progress)
+    by_name = {name: config.layer_ranks if ranks is None else (lambda _, own=ranks[name]: own) for name in targets}
+    skipped = [] if ranks is None else [name for name in targets if ranks[name] is None]
+    replacements, rows = {}, []
+    checkpoint = Checkpoint.of(model)
+    stored = {
+        name: checkpoint.find(name, linear.weight, finer_only=not keep_base)
+        for name, linear in targets.items()
+        if name not in skipped
+    }
+    jobs = [
+        LayerJob.of(name, targets[name], lambda s, choose=by_name[name]: choose(s).kept, place) for name, place in stored.items()
+    ]
+    with decompose_layers(jobs, show_progress=show_progress) as decomposed:
+        for name, factors in decomposed:
+            linear, own = targets[name], by_name[name](factors.s)
+            if ranks is None and config.unprofitable == "skip" and not is_profitable(*linear.weight.shape, own, config):
+                skipped.append(name)
+                continue
+            keep_residual = config.residual == "keep"
+            layer = replacement(linear, factors, own.kept, keep_residual=keep_residual, keep_base=keep_base, stored=stored[name])
+            layer.add_core(adapter_name, new_core(config, own, factors))
+            replacements[name] = layer
+            rows.append(_report(name, layer, adapter_name, factors.s))
     if not replacements:
-        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: lower alpha ({config.alpha})")
-    if cache:
-        cache.trim()
+        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
+        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
     model.requires_grad_(False)
     for name, layer in replacements.items():
         replace_module(model, name, layer)
@@ -240,7 +297,6 @@ def inject_cersa(
 
 
 def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: torch.Tensor) -> LayerReport:
-    energy = singular_values.square()
     core = layer.cores[adapter_name]
     return LayerReport(
         name=name,
@@ -250,20 +306,22 @@ def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: t
         core_rank=core.rank,
         core_parameters=sum(parameter.numel() for parameter in core.parameters()),
         frozen_parameters=sum(buffer.numel() for buffer in layer.buffers()),
-        kept_energy=float(energy[: layer.kept_rank].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)),
+        kept_energy=kept_energy(singular_values, layer.kept_rank),
     )
 
 
-def _progress(layers: Iterable[tuple[str, nn.Linear]], show: bool) -> Iterable[tuple[str, nn.Linear]]:
-    bar = tqdm(list(layers), desc="decomposing", unit="layer", disable=not show)
-    for name, layer in bar:
-        bar.set_postfix_str(name[-40:], refresh=False)
-        yield name, layer
-
-
 def cersa_layers(model: nn.Module) -> dict[str, CersaLinear]:
-    """Name -> layer of all CERSA layers of a model, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear)}
+    """Name -> layer of all CERSA layers of a model, in model order; of fused ones the layer that was fused."""
+    return {name: module.factored if isinstance(module, FusedLinear) else module for name, module in _places(model).items()}
+
+
+def fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
+    """Name -> layer of all fused layers of a model, in model order."""
+    return {name: module for name, module in _places(model).items() if isinstance(module, FusedLinear)}
+
+
+def _places(model: nn.Module) -> dict[str, CersaLinear | FusedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear | FusedLinear)}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -273,26 +331,49 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def merge(model: nn.Module) -> None:
     """Replaces every CERSA layer by a plain `nn.Linear` that holds its effective weight; not reversible."""
-    for name, layer in cersa_layers(model).items():
-        replace_module(model, name, _as_linear(layer, layer.effective_weight()))
+    for name, module in _places(model).items():
+        if isinstance(module, FusedLinear):
+            replace_module(model, name, as_linear(module.factored, module.weight))
+        else:
+            replace_module(model, name, as_linear(module, module.effective_weight()))
 
 
-def restore_base(model: nn.Module) -> None:
+def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> None:
     """Puts the weights that injection replaced back, bit for bit, and removes all cores.
+
+    Layers of a compressed checkpoint (`cersa_diffusion.load_compressed`) are the base themselves: they only lose their cores.
+
+    Args:
+        model: an injected model; changed in place.
+        layer_names: some of its CERSA layers; all when left out.
 
     Raises:
         ConfigError: the weights were not kept; the model is left as it is.
     """
-    layers = cersa_layers(model)
+    layers, fused = cersa_layers(model), fused_layers(model)
+    if layer_names is not None:
+        layers = {name: layers[name] for name in layer_names}
+    # Read once, and before anything is changed: a checkpoint on disk may be gone.
+    weights = {name: layer.dense_weight for name, layer in layers.items() if not layer.is_base}
+    for name, weight in weights.items():
+        if weight is None:
+            raise ConfigError(
+                f"the base weight of layer {name} was not kept (inject with keep_base=True), or its file has changed since: load "
+                "the model anew"
+            )
     for name, layer in layers.items():
-        if layer.dense_weight is None:
-            raise ConfigError(f"the base weight of layer {name} was not kept: inject with keep_base=True, or load the model anew")
-    for name, layer in layers.items():
-        replace_module(model, name, _as_linear(layer, layer.dense_weight))
+        weight = fused[name].weight if name in fused else layer.U
+        if layer.is_base:
+            for adapter_name in list(layer.cores):
+                layer.delete_core(adapter_name)
+            replace_module(model, name, layer.to(weight.device, weight.dtype))
+            continue
+        replace_module(model, name, as_linear(layer, weights[name].to(weight.device, weight.dtype)))
 
 
-def _as_linear(layer: CersaLinear, weight: torch.Tensor) -> nn.Linear:
+def as_linear(layer: CersaLinear, weight: torch.Tensor) -> nn.Linear:
+    """A plain layer with a dense (m, n) weight and the bias of a CERSA layer."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach().to(layer.U.device, layer.U.dtype), requires_grad=weight.requires_grad)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     linear.bias = layer.bias
     return linear

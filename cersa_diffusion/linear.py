@@ -1,8 +1,11 @@
 """The CERSA layer: a linear layer cut to its principal subspace, with small trainable cores inside it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from cersa_diffusion.checkpoint import StoredWeight
 from cersa_diffusion.cores import Core, KeepsFloat32
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import Decomposition, cersa_linear, float64
@@ -21,7 +24,8 @@ class CersaLinear(KeepsFloat32):
         bias: the bias of the replaced layer, or None; shared, not copied.
         dtype: compute dtype of the bases.
         device: where the layer lives; default: where the decomposition is.
-        dense_weight: the replaced weight, kept in CPU memory so that it can come back bit for bit, or None.
+        dense_weight: the replaced weight, kept in CPU memory so that it can come back bit for bit; or where it lies on disk;
+            or None.
         residual: (m, n) part of the weight outside the kept components, or None where it is dropped.
     """
 
@@ -34,7 +38,7 @@ class CersaLinear(KeepsFloat32):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         device: torch.device | None = None,
-        dense_weight: Tensor | None = None,
+        dense_weight: Tensor | StoredWeight | None = None,
         residual: Tensor | None = None,
     ):
         super().__init__()
@@ -50,14 +54,25 @@ class CersaLinear(KeepsFloat32):
         self.cores = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
         self.enabled = True
+        # The fingerprint of the replaced weight that adapter files carry (`fingerprint.base_entries`); empty when not known.
+        self.base_entries: tuple[float, ...] = ()
+        # Whether this layer is no replacement: of a compressed checkpoint, whose base has no dense weight to go back to.
+        self.is_base = False
+        if isinstance(dense_weight, Tensor):
+            dense_weight = dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
         # In a tuple, so that it is no part of the module: not in the state dict, not moved to the GPU.
-        kept = None if dense_weight is None else dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
-        self._dense = (kept,)
+        self._dense = (dense_weight,)
+
+    @property
+    def base_kept(self) -> bool:
+        """Whether the replaced weight was kept, in memory or where it lies on disk."""
+        return self._dense[0] is not None
 
     @property
     def dense_weight(self) -> Tensor | None:
-        """The (m, n) weight this layer replaced, on the CPU, or None when it was not kept."""
-        return self._dense[0]
+        """The (m, n) weight this layer replaced, on the CPU, or None when it was not kept (or its file has changed since)."""
+        kept = self._dense[0]
+        return kept.read() if isinstance(kept, StoredWeight) else kept
 
     def add_core(self, adapter_name: str, core: Core, strength: float = 1.0) -> None:
         """Adds a core.
@@ -72,6 +87,8 @@ class CersaLinear(KeepsFloat32):
         """
         if adapter_name in self.cores:
             raise ConfigError(f"adapter {adapter_name!r} is already on this layer: choose another name or delete it")
+        if not adapter_name or "." in adapter_name or hasattr(self.cores, adapter_name):
+            raise ConfigError(f"{adapter_name!r} cannot be the name of an adapter: torch has a use of its own for it")
         if core.rank < 1 or core.offset < 0 or core.offset + core.rank > self.kept_rank:
             last = core.offset + core.rank - 1
             raise ConfigError(f"a core on components {core.offset} to {last} does not fit the {self.kept_rank} that are kept")
@@ -88,18 +105,23 @@ class CersaLinear(KeepsFloat32):
             raise ConfigError(f"no adapter {adapter_name!r} on this layer, it has {sorted(self.cores)}")
         del self.cores[adapter_name], self.strengths[adapter_name]
 
-    def active_core(self) -> tuple[Tensor | None, int]:
-        """The weighted sum of the cores whose strength is not zero, and its first component; none while disabled.
+    def active_core(self, strengths: Mapping[str, float] | None = None) -> tuple[Tensor | None, int]:
+        """The weighted sum of the cores whose strength is not zero, and its first component.
+
+        Args:
+            strengths: core name -> strength; the layer's own when left out, none while it is disabled.
 
         Returns:
             (r, r) or diagonal (r,) float32 tensor, or None when no core is active; and the offset.
         """
-        active = [(self.cores[name], strength) for name, strength in self.strengths.items() if strength != 0]
-        if not active or not self.enabled:
+        if strengths is None:
+            strengths = self.strengths if self.enabled else {}
+        active = [(self.cores[name], strength) for name, strength in strengths.items() if strength != 0]
+        if not active:
             return None, 0
         if len(active) == 1:
             core, strength = active[0]
-            return (core.compact() if strength == 1 else core.compact() * strength), core.offset
+            return (core() if strength == 1 else core() * strength), core.offset
         first = min(core.offset for core, _ in active)
         last = max(core.offset + core.rank for core, _ in active)
         total = self.s.new_zeros(last - first, last - first)
@@ -112,18 +134,22 @@ class CersaLinear(KeepsFloat32):
         core, offset = self.active_core()
         return cersa_linear(x, self.U, self.s, self.Vh, core, self.bias, offset, self.residual)
 
-    def weight_change(self) -> Tensor:
-        """``dW = U D Vh`` of the active cores: (m, n), float64."""
-        core, offset = self.active_core()
+    def weight_change(self, strengths: Mapping[str, float] | None = None) -> Tensor:
+        """``dW = U D Vh`` of the active cores: (m, n), float64; strengths as in `active_core`."""
+        core, offset = self.active_core(strengths)
         if core is None:
             return torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=float64(self.s).device)
         region = slice(offset, offset + core.shape[0])
         core = torch.diag(core) if core.ndim == 1 else core
         return float64(self.U[:, region]) @ float64(core) @ float64(self.Vh[region])
 
-    def effective_weight(self) -> Tensor:
-        """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and place of the bases."""
-        weight = (float64(self.U) * float64(self.s)) @ float64(self.Vh) + self.weight_change()
+    def effective_weight(self, strengths: Mapping[str, float] | None = None) -> Tensor:
+        """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and place of the bases.
+
+        Args:
+            strengths: as in `active_core`.
+        """
+        weight = (float64(self.U) * float64(self.s)) @ float64(self.Vh) + self.weight_change(strengths)
         if self.residual is not None:
             weight = weight + float64(self.residual)
         return weight.to(self.U)
@@ -133,3 +159,26 @@ class CersaLinear(KeepsFloat32):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, kept_rank={self.kept_rank}, residual={residual}"
         )
+
+
+class FusedLinear(nn.Linear):
+    """A dense layer in the place of a CERSA layer, which it keeps for `cersa_diffusion.unfuse`.
+
+    To other libraries it is a plain `nn.Linear`: it can be saved, quantised, or given a LoRA.
+
+    Args:
+        factored: the layer it stands for; its bias is shared.
+        weight: (m, n) dense weight.
+    """
+
+    def __init__(self, factored: CersaLinear, weight: Tensor):
+        super().__init__(factored.in_features, factored.out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = factored.bias
+        # In a tuple, so that it is no part of the module: its tensors are neither saved nor listed as parameters.
+        self._factored = (factored,)
+
+    @property
+    def factored(self) -> CersaLinear:
+        """The CERSA layer, on the device and in the dtype of the moment of fusing."""
+        return self._factored[0]

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-FLOAT32 = 4
+from cersa_diffusion.config import CersaConfig, LayerRanks
+
+FLOAT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -67,33 +69,33 @@ class DenseLayer:
         return (self.out_features * self.in_features + self.bias_size) * self.dtype.itemsize
 
 
-def adamw_bytes(rows: int, columns: int) -> int:
-    """State of `torch.optim.AdamW` for one matrix: two moments and the step counter."""
-    return (2 * rows * columns + 1) * FLOAT32
+def adamw_bytes(*shape: int) -> int:
+    """State of `torch.optim.AdamW` for one tensor: two moments and the step counter."""
+    return (2 * math.prod(shape) + 1) * FLOAT32
 
 
-def adamw8bit_bytes(rows: int, columns: int) -> int:
-    """State of `bitsandbytes.optim.AdamW8bit` for one matrix, by its source (0.50.2), not measured.
+def adamw8bit_bytes(*shape: int) -> int:
+    """State of `bitsandbytes.optim.AdamW8bit` for one tensor, by its source (0.50.2), not measured.
 
-    Block-wise 8-bit moments: matrices under 4,096 numbers keep 32-bit moments; the others a byte per number and moment and a
-    float32 maximum per block of 256 numbers. The two tables of 256 values that all matrices share are left out.
+    Block-wise 8-bit moments: tensors under 4,096 numbers keep 32-bit moments; the others a byte per number and moment and a
+    float32 maximum per block of 256 numbers. The two tables of 256 values that all tensors share are left out.
     """
-    elements = rows * columns
+    elements = math.prod(shape)
     moment = elements * FLOAT32 if elements < 4096 else elements + math.ceil(elements / 256) * FLOAT32
     return 2 * moment
 
 
-def adafactor_bytes(rows: int, columns: int) -> int:
-    """State of `torch.optim.Adafactor` for one matrix: a row and a column of variances and the step counter."""
-    return (rows + columns + 1) * FLOAT32
+def adafactor_bytes(*shape: int) -> int:
+    """State of `torch.optim.Adafactor` for one tensor: a row and a column of variances (a vector: all), and the step counter."""
+    return (sum(shape) + 1) * FLOAT32 if len(shape) > 1 else (math.prod(shape) + 1) * FLOAT32
 
 
-def sgd_bytes(rows: int, columns: int) -> int:
+def sgd_bytes(*shape: int) -> int:
     """State of `torch.optim.SGD` without momentum: none."""
     return 0
 
 
-OPTIMIZERS: dict[str, Callable[[int, int], int]] = {
+OPTIMIZERS: dict[str, Callable[..., int]] = {
     "adamw": adamw_bytes,
     "adamw8bit": adamw8bit_bytes,
     "adafactor": adafactor_bytes,
@@ -101,18 +103,39 @@ OPTIMIZERS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def cersa_memory(layer: DenseLayer, kept_rank: int, core_rank: int, optimizer: str = "adamw") -> MemoryUse:
-    """Bytes of a CERSA layer: U, Vh and s frozen, one core trained, its part of h (rows x r) saved.
+def core_shapes(rank: int, config: CersaConfig) -> list[tuple[int, ...]]:
+    """Shapes of what a core trains: a matrix, its diagonal, or SVFT's entries and their gate.
+
+    Args:
+        rank: r, the components it changes.
+        config: kind and pattern of the core.
+    """
+    if config.core == "matrix":
+        return [(rank, rank)]
+    if config.core == "diagonal":
+        return [(rank,)]
+    off = min(config.off_diagonals, rank - 1)
+    return [(rank * (2 * off + 1) - off * (off + 1),), ()]
+
+
+def cersa_memory(layer: DenseLayer, ranks: LayerRanks, config: CersaConfig, optimizer: str = "adamw") -> MemoryUse:
+    """Bytes of a CERSA layer: U, Vh, s and a kept residual frozen, one core trained, its part of h (rows x r) saved.
 
     Args:
         layer: the layer that is replaced.
-        kept_rank: k.
-        core_rank: r.
+        ranks: k and r.
+        config: kind of core, and whether the residual is kept.
         optimizer: a key of `OPTIMIZERS`.
     """
-    bases = (layer.out_features + layer.in_features) * kept_rank
-    frozen = (bases + layer.bias_size) * layer.dtype.itemsize + kept_rank * FLOAT32
-    return _memory(layer, frozen, [(core_rank, core_rank)], _saved(layer, own_columns=core_rank), optimizer)
+    m, n, (kept, rank), itemsize = layer.out_features, layer.in_features, ranks, layer.dtype.itemsize
+    dense = m * n if config.residual == "keep" else 0
+    frozen = ((m + n) * kept + dense + layer.bias_size) * itemsize + kept * FLOAT32
+    shapes, saved = core_shapes(rank, config), _saved(layer, own_columns=rank)
+    if config.core == "sparse":
+        frozen += 2 * shapes[0][0] * INT64  # rows and columns of the entries
+        if layer.rows:
+            saved += rank * rank * itemsize + FLOAT32  # the matrix that the entries are put into, and the open gate
+    return _memory(layer, frozen, shapes, saved, optimizer, casts=config.core == "matrix")
 
 
 def lora_memory(layer: DenseLayer, rank: int, optimizer: str = "adamw") -> MemoryUse:
@@ -138,9 +161,19 @@ def full_memory(layer: DenseLayer, optimizer: str = "adamw") -> MemoryUse:
     return _memory(layer, layer.bias_size * FLOAT32, shapes, _saved(layer, keeps_input=True), optimizer)
 
 
-def not_smaller(layer: DenseLayer, kept_rank: int, core_rank: int) -> bool:
-    """Whether factors and core hold at least as many numbers as the dense weight: ``m k + n k + r^2 >= m n``."""
-    return (layer.out_features + layer.in_features) * kept_rank + core_rank**2 >= layer.out_features * layer.in_features
+def is_profitable(out_features: int, in_features: int, ranks: LayerRanks, config: CersaConfig) -> bool:
+    """Whether bases, core and kept residual hold fewer numbers than the dense weight: ``m k + n k + r^2 < m n`` for a matrix.
+
+    Args:
+        out_features: m.
+        in_features: n.
+        ranks: k and r.
+        config: kind of core, and whether the residual is kept.
+    """
+    dense = out_features * in_features
+    core = sum(math.prod(shape) for shape in core_shapes(ranks.core, config))
+    residual = dense if config.residual == "keep" else 0
+    return (out_features + in_features) * ranks.kept + core + residual < dense
 
 
 def _saved(layer: DenseLayer, own_columns: int = 0, keeps_input: bool = False) -> int:
@@ -149,9 +182,11 @@ def _saved(layer: DenseLayer, own_columns: int = 0, keeps_input: bool = False) -
     return layer.rows * (own_columns + keeps_input * layer.in_features) * layer.dtype.itemsize
 
 
-def _memory(layer: DenseLayer, frozen: int, trained: list[tuple[int, int]], saved: int, optimizer: str) -> MemoryUse:
-    elements = sum(rows * columns for rows, columns in trained)
-    if layer.rows and layer.dtype != torch.float32:
+def _memory(
+    layer: DenseLayer, frozen: int, trained: list[tuple[int, ...]], saved: int, optimizer: str, casts: bool = True
+) -> MemoryUse:
+    elements = sum(math.prod(shape) for shape in trained)
+    if casts and layer.rows and layer.dtype != torch.float32:
         saved += elements * layer.dtype.itemsize  # autocast keeps its copy of the trained weights for the backward pass
-    states = sum(OPTIMIZERS[optimizer](rows, columns) for rows, columns in trained)
+    states = sum(OPTIMIZERS[optimizer](*shape) for shape in trained)
     return MemoryUse(frozen, elements * FLOAT32, elements * FLOAT32, states, saved)

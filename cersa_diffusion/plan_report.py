@@ -37,30 +37,19 @@ def render_plan(plan: "MemoryPlan", *, markdown: bool) -> str:
 
 
 def _kinds(plan: "MemoryPlan", markdown: bool) -> str:
-    by_kind: dict[str, list[LayerPlan]] = {}
-    for layer in plan.layers:
-        by_kind.setdefault(f"{layer.component} {layer.kind}", []).append(layer)
-    header = [
-        "layer kind",
-        "layers",
-        "k / full",
-        "r / full",
-        "marked",
-        "CERSA",
-        f"LoRA r={plan.lora_rank}",
-        "full",
-        "CERSA / LoRA",
-    ]
-    rows = []
-    for kind, layers in by_kind.items():
+    header = ["layer kind", "layers", "k / full", "r / full", "alpha", "lowest", "marked",
+              "CERSA", f"LoRA r={plan.lora_rank}", "full", "CERSA / LoRA"]  # fmt: skip
+    alphas, rows = plan.alpha_by_kind(), []
+    for kind, layers in plan.by_kind().items():
         kept, core = (
             statistics.median(getattr(layer, rank) / min(layer.out_features, layer.in_features) for layer in layers)
             for rank in ("kept_rank", "core_rank")
         )
+        shares = [f"{share:.2f}" for share in (kept, core)] + [f"{alphas[kind][which]:.3f}" for which in ("mean", "lowest")]
         sizes = [sum(layer.memory[method].total for layer in layers) for method in ("cersa", "lora", "full")]
         marked = sum(layer.unprofitable for layer in layers)
         ratio = f"{sizes[0] / sizes[1]:.2f}"
-        rows.append([kind, str(len(layers)), f"{kept:.2f}", f"{core:.2f}", str(marked), *map(_mib, sizes), ratio])
+        rows.append([kind, str(len(layers)), *shares, str(marked), *map(_mib, sizes), ratio])
     return _table(header, rows, markdown)
 
 
@@ -91,6 +80,12 @@ def _notes(plan: "MemoryPlan") -> list[str]:
         notes = [f"CERSA costs MORE memory than LoRA here: {comparison}. A lower alpha keeps less, a lower beta trains less."]
     else:
         notes = [f"CERSA costs no more memory than LoRA here: {comparison}."]
+    if plan.memory_budget is not None:
+        used, share = plan.totals()["whole_model"]["cersa"].total, statistics.fmean(layer.kept_energy for layer in plan.layers)
+        notes.append(
+            f"The budget of {_mib(plan.memory_budget)} MiB chose the ranks: {_mib(used)} MiB are used, and a layer keeps "
+            f"{share:.1%} of its energy on average (columns alpha and lowest: by kind, mean and least)."
+        )
     marked = sum(layer.unprofitable for layer in plan.layers)
     if marked:
         skipped = sum(not layer.factored for layer in plan.layers)
@@ -138,7 +133,7 @@ def compression_rate(layers: list["LayerPlan"], ranks: list[int]) -> float:
 
 
 def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
-    """Draws the rank by layer and kind at five alphas (CERSA, Fig. 3) and the compression rate against alpha (Fig. 7).
+    """Draws rank by layer and kind, at five alphas (CERSA, Fig. 3) and as planned, and compression against alpha (Fig. 7).
 
     Args:
         plan: the plan.
@@ -151,12 +146,21 @@ def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib, which is not installed: pip install 'cersa-diffusion[plot]'") from error
-    figure = Figure(figsize=(17, 10), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
-    for axes, alpha in zip(panels, PLOTTED_ALPHAS, strict=False):
-        _draw_ranks(axes, plan, alpha)
-    _draw_compression(panels[-1], plan)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure = Figure(figsize=(20, 9), layout="constrained")
+    panels = figure.subplots(2, 4).flatten()
+    ranks = {
+        f"rank at alpha = {alpha}": {layer.name: energy_rank(plan.spectra[layer.name], alpha) for layer in plan.layers}
+        for alpha in PLOTTED_ALPHAS
+    }
+    by = "as planned" if plan.memory_budget is None else f"in the budget of {_mib(plan.memory_budget)} MiB"
+    ranks[f"rank {by}"] = {layer.name: layer.kept_rank for layer in plan.layers}
+    largest = max(rank for own in ranks.values() for rank in own.values())
+    for axes, (title, own) in zip(panels, ranks.items(), strict=False):
+        _draw_ranks(axes, plan, own, title)
+        axes.set_ylim(0, 1.05 * largest)
+    _draw_compression(panels[6], plan)
+    panels[7].axis("off")
+    panels[7].legend(*panels[0].get_legend_handles_labels(), title="layer kinds", loc="upper left", ncols=2)
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
@@ -165,14 +169,11 @@ def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
         ) from error
 
 
-def _draw_ranks(axes: "Axes", plan: "MemoryPlan", alpha: float) -> None:
-    ranks: dict[str, list[int]] = {}
-    for layer in plan.layers:
-        ranks.setdefault(f"{layer.component} {layer.kind}", []).append(energy_rank(plan.spectra[layer.name], alpha))
-    for number, (kind, values) in enumerate(ranks.items()):
-        axes.plot(values, marker=".", color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], label=kind)
-    axes.set(title=f"rank at alpha = {alpha}", xlabel="layer of this kind, in model order", ylabel="k")
-    axes.set_ylim(bottom=0)
+def _draw_ranks(axes: "Axes", plan: "MemoryPlan", ranks: dict[str, int], title: str) -> None:
+    for number, (kind, layers) in enumerate(plan.by_kind().items()):
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "."}
+        axes.plot([ranks[layer.name] for layer in layers], label=kind, **style)
+    axes.set(title=title, xlabel="layer of this kind, in model order", ylabel="k")
 
 
 def _draw_compression(axes: "Axes", plan: "MemoryPlan") -> None:

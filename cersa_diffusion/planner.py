@@ -1,18 +1,19 @@
 """The memory plan: what CERSA, LoRA and full fine-tuning of the same layers cost, told before any memory is spent."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cersa_diffusion.adapter import components_of
-from cersa_diffusion.cache import DecompositionCache, leading_factors
-from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.budget import TargetLayer, select_ranks, untouched_bytes
+from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.inject import check_layers, match_targets
-from cersa_diffusion.memory import OPTIMIZERS, DenseLayer, MemoryUse, cersa_memory, full_memory, lora_memory, not_smaller
+from cersa_diffusion.memory import OPTIMIZERS, MemoryUse, cersa_memory, full_memory, is_profitable, lora_memory
 from cersa_diffusion.plan_report import render_plan
 from cersa_diffusion.tokens import LayerInput
 
@@ -28,8 +29,9 @@ class LayerPlan:
         kind: see `layer_kind`.
         out_features: m.
         in_features: n.
-        kept_rank: k.
-        core_rank: r.
+        kept_rank: k; all where the layer stays dense.
+        core_rank: r; 0 where the layer stays dense.
+        kept_energy: share of squared-singular-value energy that CERSA keeps: the alpha that k amounts to.
         unprofitable: factors and core hold no fewer numbers than the dense weight.
         factored: False where CERSA leaves the layer dense and frozen for that reason (`unprofitable="skip"`).
         memory: what each method costs: "cersa", "lora", "full".
@@ -41,6 +43,7 @@ class LayerPlan:
     in_features: int
     kept_rank: int
     core_rank: int
+    kept_energy: float
     unprofitable: bool
     factored: bool
     memory: dict[str, MemoryUse]
@@ -67,6 +70,7 @@ class MemoryPlan:
         optimizer: a key of `OPTIMIZERS`.
         weight_dtype: the compute dtype, or None for that of the model as it was given.
         activations_counted: whether rows of input were given; without them activations are zero.
+        memory_budget: bytes that "cersa" may take in the whole model and that chose the ranks, or None.
         spectra: layer name -> all singular values, for plots.
     """
 
@@ -76,6 +80,7 @@ class MemoryPlan:
     optimizer: str
     weight_dtype: torch.dtype | None
     activations_counted: bool
+    memory_budget: int | None
     spectra: dict[str, Tensor] = field(repr=False, compare=False)
 
     def totals(self) -> dict[str, dict[str, MemoryUse]]:
@@ -84,6 +89,21 @@ class MemoryPlan:
         whole = {method: use + MemoryUse(frozen=self.untouched[method]) for method, use in targets.items()}
         return {"target_layers": targets, "whole_model": whole}
 
+    def by_kind(self) -> dict[str, list[LayerPlan]]:
+        """The layers of every "component kind"."""
+        kinds: dict[str, list[LayerPlan]] = {}
+        for layer in self.layers:
+            kinds.setdefault(f"{layer.component} {layer.kind}", []).append(layer)
+        return kinds
+
+    def alpha_by_kind(self) -> dict[str, dict[str, float]]:
+        """Per "component kind": "mean", "lowest" and "highest" share of the energy that CERSA keeps in a layer."""
+        kinds = {kind: [layer.kept_energy for layer in layers] for kind, layers in self.by_kind().items()}
+        return {
+            kind: {"mean": statistics.fmean(shares), "lowest": min(shares), "highest": max(shares)}
+            for kind, shares in kinds.items()
+        }
+
     def to_dict(self) -> dict:
         """The plan as plain values for JSON, all sizes in bytes."""
         return {
@@ -91,6 +111,8 @@ class MemoryPlan:
             "optimizer": self.optimizer,
             "weight_dtype": self.dtype_name,
             "activations_counted": self.activations_counted,
+            "memory_budget": self.memory_budget,
+            "alpha_by_kind": self.alpha_by_kind(),
             "layers": [layer.to_dict() for layer in self.layers],
             "untouched": self.untouched,
             "totals": {part: {name: use.to_dict() for name, use in uses.items()} for part, uses in self.totals().items()},
@@ -145,28 +167,71 @@ def plan_memory(
         ConfigError: a setting is unknown, components and settings differ, a target has no tokens or cannot be decomposed.
         NonFiniteError: NaN or infinity in a weight.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer is {optimizer!r}, expected one of {sorted(OPTIMIZERS)}")
     if lora_rank < 1:
         raise ConfigError(f"lora_rank is {lora_rank}, expected at least 1")
-    components = components_of(model)
-    targets = _targets(components, config)
-    cache, layers, spectra, sources = DecompositionCache.default(), [], {}, set()
-    bar = tqdm(targets.items(), desc="planning", unit="layer", disable=not show_progress)
-    for name, (linear, own_config) in bar:
-        bar.set_postfix_str(name[-40:], refresh=False)
-        spectra[name] = leading_factors(linear.weight, own_config.kept_rank, cache).s
-        dense = _dense_layer(name, linear, weight_dtype, tokens, sources)
-        layers.append(_layer_plan(name, dense, own_config, spectra[name], lora_rank, optimizer))
-    if cache:
-        cache.trim()
-    untouched = _untouched(components, [linear for linear, _ in targets.values()], weight_dtype)
-    return MemoryPlan(layers, untouched, lora_rank, optimizer, weight_dtype, tokens is not None, spectra)
+    components, targets = _targets(model, config, optimizer)
+    selected = select_ranks(
+        components, targets, optimizer=optimizer, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress
+    )
+    linears, budget = [linear for linear, _ in targets.values()], selected[0][0].config.memory_budget
+    frozen, full = (sum(untouched_bytes(components, linears, dtype).values()) for dtype in (weight_dtype, torch.float32))
+    return MemoryPlan(
+        layers=[_layer_plan(layer, ranks, lora_rank, optimizer) for layer, ranks in selected],
+        untouched={"cersa": frozen, "lora": frozen, "full": full},
+        lora_rank=lora_rank,
+        optimizer=optimizer,
+        weight_dtype=weight_dtype,
+        activations_counted=tokens is not None,
+        memory_budget=None if budget is None else parse_bytes(budget),
+        spectra={layer.name: layer.spectrum for layer, _ in selected},
+    )
+
+
+def choose_ranks(
+    model: nn.Module | Mapping[str, nn.Module],
+    config: CersaConfig | Mapping[str, CersaConfig],
+    *,
+    optimizer: str = "adamw",
+    weight_dtype: torch.dtype | None = None,
+    tokens: Mapping[str, LayerInput] | None = None,
+    show_progress: bool = True,
+) -> dict[str, dict[str, LayerRanks | None]]:
+    """The ranks that the settings come to, layer by layer; the components of a pipeline share one memory budget.
+
+    They are those of `plan_memory` with the same arguments. `inject_cersa` takes a component's: ``ranks=chosen["unet"]``.
+
+    Args:
+        model: any torch model that is still dense, or the components of a pipeline by name.
+        config: settings for all components or by component; a `memory_budget` has to be the same in all of them.
+        optimizer: whose state counts in the budget, a key of `OPTIMIZERS`.
+        weight_dtype: compute dtype of training; None: the dtype that each layer has.
+        tokens: "component.layer name" -> what the layer is given per step; None: activations are left out of the budget.
+        show_progress: show a bar while layers are decomposed.
+
+    Returns:
+        Component -> layer name -> ranks; None for a layer that stays dense and frozen. A lone model's component is "model".
+
+    Raises:
+        ConfigError: as `plan_memory`; a budget that cannot be met: the message names the smallest that can.
+        NonFiniteError: NaN or infinity in a weight.
+    """
+    components, targets = _targets(model, config, optimizer)
+    chosen: dict[str, dict[str, LayerRanks | None]] = {component: {} for component in components}
+    for layer, ranks in select_ranks(
+        components, targets, optimizer=optimizer, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress
+    ):
+        component, _, name = layer.name.partition(".")
+        chosen[component][name] = ranks
+    return chosen
 
 
 def _targets(
-    components: dict[str, nn.Module], config: CersaConfig | Mapping[str, CersaConfig]
-) -> dict[str, tuple[nn.Linear, CersaConfig]]:
+    model: nn.Module | Mapping[str, nn.Module], config: CersaConfig | Mapping[str, CersaConfig], optimizer: str
+) -> tuple[dict[str, nn.Module], dict[str, tuple[nn.Linear, CersaConfig]]]:
+    """The components, and "component.layer name" -> layer and settings, checked."""
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer is {optimizer!r}, expected one of {sorted(OPTIMIZERS)}")
+    components = components_of(model)
     configs = dict.fromkeys(components, config) if isinstance(config, CersaConfig) else dict(config)
     if set(configs) != set(components):
         raise ConfigError(
@@ -175,55 +240,28 @@ def _targets(
         )
     targets = {}
     for component, module in components.items():
-        own = configs[component]
-        if own.core != "matrix" or own.residual != "drop":
-            raise ConfigError(
-                f"{component}: core={own.core!r} with residual={own.residual!r} cannot be planned: "
-                "the plan counts core='matrix' with residual='drop'"
-            )
-        layers = match_targets(module, own.target_modules, own.exclude_modules)
+        layers = match_targets(module, configs[component].target_modules, configs[component].exclude_modules)
         check_layers(module, layers)
-        targets |= {f"{component}.{name}": (layer, own) for name, layer in layers.items()}
-    return targets
+        targets |= {f"{component}.{name}": (layer, configs[component]) for name, layer in layers.items()}
+    return components, targets
 
 
-def _dense_layer(
-    name: str,
-    linear: nn.Linear,
-    weight_dtype: torch.dtype | None,
-    tokens: Mapping[str, LayerInput] | None,
-    sources: set[int],
-) -> DenseLayer:
-    """`sources` holds the inputs that earlier target layers keep, and is added to."""
-    if tokens is not None and name not in tokens:
-        raise ConfigError(f"tokens says nothing about layer {name}: count them with count_tokens, or add it (0 rows: not run)")
-    given = LayerInput(0) if tokens is None else tokens[name]
-    input_kept = given.source is not None and given.source in sources
-    sources.add(given.source)
-    dtype = weight_dtype or linear.weight.dtype
-    return DenseLayer(*linear.weight.shape, linear.bias is not None, dtype, given.rows, input_kept)
-
-
-def _layer_plan(name: str, dense: DenseLayer, config: CersaConfig, spectrum: Tensor, lora_rank: int, optimizer: str) -> LayerPlan:
-    kept_rank, core_rank = config.kept_rank(spectrum), config.core_rank(spectrum)
-    unprofitable = not_smaller(dense, kept_rank, core_rank)
-    factored = not (unprofitable and config.unprofitable == "skip")
-    memory = {
-        "cersa": cersa_memory(dense, kept_rank, core_rank, optimizer) if factored else MemoryUse(dense.dense_bytes()),
-        "lora": lora_memory(dense, lora_rank, optimizer),
-        "full": full_memory(dense, optimizer),
-    }
-    kind = layer_kind(name.partition(".")[2])
-    return LayerPlan(name, kind, dense.out_features, dense.in_features, kept_rank, core_rank, unprofitable, factored, memory)
-
-
-def _untouched(components: dict[str, nn.Module], targets: list[nn.Linear], weight_dtype: torch.dtype | None) -> dict[str, int]:
-    counted = {id(tensor) for layer in targets for tensor in layer.parameters()}
-    tensors = {id(t): t for module in components.values() for t in [*module.parameters(), *module.buffers()]}
-    others = [tensor for key, tensor in tensors.items() if key not in counted]
-
-    def size(tensor: Tensor, dtype: torch.dtype | None) -> int:
-        return tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
-
-    frozen = sum(size(tensor, weight_dtype) for tensor in others)
-    return {"cersa": frozen, "lora": frozen, "full": sum(size(tensor, torch.float32) for tensor in others)}
+def _layer_plan(layer: TargetLayer, ranks: LayerRanks | None, lora_rank: int, optimizer: str) -> LayerPlan:
+    dense, config = layer.dense, layer.config
+    kept, core = ranks or (layer.full_rank, 0)
+    return LayerPlan(
+        name=layer.name,
+        kind=layer_kind(layer.name.partition(".")[2]),
+        out_features=dense.out_features,
+        in_features=dense.in_features,
+        kept_rank=kept,
+        core_rank=core,
+        kept_energy=1.0 if config.residual == "keep" else kept_energy(layer.spectrum, kept),
+        unprofitable=ranks is None or not is_profitable(dense.out_features, dense.in_features, ranks, config),
+        factored=ranks is not None,
+        memory={
+            "cersa": MemoryUse(dense.dense_bytes()) if ranks is None else cersa_memory(dense, ranks, config, optimizer),
+            "lora": lora_memory(dense, lora_rank, optimizer),
+            "full": full_memory(dense, optimizer),
+        },
+    )

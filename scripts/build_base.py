@@ -52,11 +52,11 @@ def parse_arguments() -> argparse.Namespace:
     steps = parser.add_argument_group("length of the training; the defaults are what the shipped models had")
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
-        ("clip", 1800, 128),
-        ("vit", 1500, 128),
+        ("clip", 3200, 128),
+        ("vit", 500, 128),
         ("text", 400, 64),
         ("first-diffusion", 1550, 64),
-        ("diffusion", 3850, 64),
+        ("diffusion", 3300, 64),
     ):
         note = f"steps of {batch} samples (default: %(default)s)"
         steps.add_argument(f"--{stage}-steps", type=int, default=default, help=note)

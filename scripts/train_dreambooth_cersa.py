@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""DreamBooth with CERSA, LoRA or full fine-tuning, all on the same layers; start it with `accelerate launch`."""
+"""DreamBooth with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning, all on the same layers.
+
+Start it with `accelerate launch`.
+"""
 
 import sys
 

@@ -21,6 +21,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
     if not config.getoption("--run-slow"):
         skip = pytest.mark.skip(reason="slow: add --run-slow")
         for item in items:
@@ -55,6 +60,23 @@ def subject_path() -> Path:
 @pytest.fixture(scope="session")
 def subject(subject_path) -> dict:
     return json.loads((subject_path / "subject.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def adapter_file(tmp_path_factory):
+    """(family, further arguments of `write_adapter`) -> file of an adapter for a small pipeline, written once."""
+    # Imported here: only the tests of pipelines need these models.
+    from .pipelines_small import write_adapter
+
+    written = {}
+
+    def file(family: str, **arguments) -> Path:
+        key = (family, *sorted(arguments.items()))
+        if key not in written:
+            written[key] = write_adapter(family, tmp_path_factory.mktemp(family), **arguments)
+        return written[key]
+
+    return file
 
 
 @pytest.fixture

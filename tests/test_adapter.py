@@ -8,7 +8,6 @@ import stat
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cersa_diffusion as cersa
@@ -16,6 +15,7 @@ from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, 
 from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition, decompose
 
+from .adapter_files import damage
 from .conftest import train
 
 
@@ -102,7 +102,7 @@ def test_another_base_is_named_and_not_touched(adapter):
     torch.manual_seed(7)
     other[2].weight.data.copy_(torch.randn_like(other[2].weight))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(BaseMismatchError, match=r"1 of 3 layers differ.*model\.2"):
+    with pytest.raises(BaseMismatchError, match=r"1 of 3 layers differ.*model\.2 \("):
         cersa.load_adapter(other, path, show_progress=False)
     with pytest.raises(BaseMismatchError, match=r"model\.4"):
         cersa.load_adapter(nn.Sequential(*base[:4], nn.Linear(64, 8)), path, show_progress=False)
@@ -148,59 +148,11 @@ def read_header(path) -> dict:
         return json.loads(file.metadata()["cersa"])
 
 
-def damage_truncate(tensors, header, path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def damage_metadata(metadata):
-    def damage(tensors, header, path):
-        save_file(tensors, path, metadata=metadata)
-
-    return damage
-
-
-def damage_header(entry, value):
-    def damage(tensors, header, path):
-        save_file(tensors, path, metadata={"cersa": json.dumps(header | {entry: value})})
-
-    return damage
-
-
-def damage_tensors(change):
-    def damage(tensors, header, path):
-        change(tensors)
-        save_file(tensors, path, metadata={"cersa": json.dumps(header)})
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_truncate, "not a readable safetensors file"),
-        (damage_metadata({"lora_adapter_metadata": "{}"}), "not a CERSA adapter"),
-        (damage_metadata({"cersa": "{"}), "not JSON"),
-        (damage_metadata({"cersa": "[" * 100_000}), "not JSON"),
-        (damage_metadata({"cersa": "[]"}), "update cersa-diffusion"),
-        (damage_header("format_version", 99), "update cersa-diffusion"),
-        (damage_header("training", []), "'training' is missing or no JSON object"),
-        (damage_header("layers", {"model.0": {"m": 1}}), "tensors do not fit the header"),
-        (damage_header("layers", {"model.0": 1, "model.2": 1, "model.4": 1}), "damaged description"),
-        (damage_tensors(lambda t: t.pop("model.2.rows")), r"missing \['model\.2\.rows'\]"),
-        (damage_tensors(lambda t: t.update(extra=torch.zeros(1))), r"unexpected \['extra'\]"),
-        (damage_tensors(lambda t: t["model.2.rows"].fill_(3)), "rows are not"),
-        (damage_tensors(lambda t: t["model.2.cols"].add_(10_000)), "cols are not"),
-        (damage_tensors(lambda t: t.update({"model.2.block": t["model.2.block"][:2]})), "expected rank"),
-        (damage_tensors(lambda t: t["model.2.block"].fill_(torch.inf)), "NaN or infinity"),
-    ],
-)
-def test_damaged_files_are_refused_before_the_model_is_touched(adapter, damage, message):
-    base, _, path = adapter
-    damage(load_file(path), read_header(path), path)
-    with pytest.raises((AdapterFormatError, NonFiniteError), match=message) as caught:
-        cersa.load_adapter(base, path, show_progress=False)
-    assert path.name in str(caught.value)
-    assert not any(isinstance(module, CersaLinear) for module in base.modules())
+def test_tensors_and_header_that_do_not_fit_are_named_together(adapter):
+    _, model, path = adapter
+    damage(path, lambda header, tensors: (tensors.pop("model.2.rows"), tensors.update(extra=torch.zeros(1))))
+    with pytest.raises(AdapterFormatError, match=r"missing \['model\.2\.rows'\], unexpected \['extra'\]"):
+        cersa.load_adapter(model, path, adapter_name="again")
 
 
 def test_a_missing_file_and_an_adapter_that_is_not_there(network, tmp_path):

@@ -3,12 +3,19 @@
 import copy
 import multiprocessing
 import os
+import stat
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import cersa_diffusion as cersa
+import cersa_diffusion.cache as cache_module
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.cache import DecompositionCache, leading_factors, weight_key
 from cersa_diffusion.functional import Decomposition, decompose
@@ -55,11 +62,16 @@ def test_more_components_than_the_entry_has_are_computed_and_kept(cache):
     assert cache.read(weight_key(weight)).Vh.shape == (9, 16) and cache.info().entries == 1
 
 
-def test_a_damaged_entry_is_replaced(cache):
+@pytest.mark.parametrize("damage", ["in the header", "in the numbers", "another layer's"])
+def test_a_damaged_entry_is_replaced(cache, damage):
     weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     expected = leading_factors(weight, lambda s: 4, cache)
-    (path,) = cache.folder.glob("*/*")
-    path.write_bytes(path.read_bytes()[:100])
+    (path,) = cache.folder.glob("*/*.safetensors")
+    content = path.read_bytes()
+    if damage == "another layer's":
+        cache.write(weight_key(weight), decompose(torch.randn(16, 20)))
+    else:
+        path.write_bytes(content[:100] if damage == "in the header" else content[:-100])
     again = leading_factors(weight, lambda s: 4, cache)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
     assert cache.read(weight_key(weight)) is not None
@@ -91,6 +103,7 @@ def test_two_processes_write_the_same_entry_and_readers_see_whole_ones(cache):
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
+        time.sleep(0.001)  # the writers need the processor too
         found = cache.read("ab" * 32)
         if found is not None:
             assert all(tensor.unique().numel() == 1 for tensor in found) and len({float(t.max()) for t in found}) == 1
@@ -98,6 +111,98 @@ def test_two_processes_write_the_same_entry_and_readers_see_whole_ones(cache):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert [path.suffix for path in cache.folder.glob("*/*")] == [".safetensors"]
+
+
+def decompose_and_note(folder: str, log: str, barrier) -> None:
+    solve = cache_module.decompose
+
+    def noted(weight):
+        with open(log, "a") as file:
+            file.write(f"{weight.shape[1]}\n")
+        return solve(weight)
+
+    cache_module.decompose = noted
+    cache = DecompositionCache(folder, 2**30)
+    barrier.wait()
+    for size in range(20, 40):
+        leading_factors(torch.eye(40, size), lambda s: 4, cache)
+
+
+def test_two_processes_that_want_the_same_entries_compute_each_once(cache, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, log = context.Barrier(2), tmp_path / "log"
+    processes = [context.Process(target=decompose_and_note, args=(str(cache.folder), str(log), barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(map(int, log.read_text().split())) == list(range(20, 40))
+
+
+def hold_for_ever(folder: str, key: str, held) -> None:
+    with DecompositionCache(folder, 2**30).claim(key):
+        held.set()
+        threading.Event().wait()
+
+
+def test_a_process_that_dies_while_it_computes_holds_nobody_up(cache):
+    weight = torch.randn(9, 5)
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    holder = context.Process(target=hold_for_ever, args=(str(cache.folder), weight_key(weight), held))
+    holder.start()
+    assert held.wait(60)
+    holder.kill()
+    assert leading_factors(weight, lambda s: 3, cache).U.shape == (9, 3)
+
+
+@pytest.fixture
+def read_only_cache():
+    """A filled cache in a folder that this process may not write."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = DecompositionCache(Path(folder) / "cache", 2**30)
+        leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+        os.chmod(folder, 0o755)
+        for path in (cache.folder, *cache.folder.glob("**/*/")):
+            path.chmod(0o555)
+        privileged = os.geteuid() == 0  # root may write everywhere
+        if privileged:
+            os.seteuid(65534)
+        yield cache
+        if privileged:
+            os.seteuid(0)
+        for path in (cache.folder, *cache.folder.glob("**/*/")):
+            path.chmod(0o755)
+
+
+def test_a_read_only_cache_is_read_and_costs_one_warning(read_only_cache):
+    key = weight_key(torch.eye(9, 5))
+    assert read_only_cache.read(key) is not None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in (6, 7, 8):
+            assert leading_factors(torch.eye(9, size), lambda s: 3, read_only_cache).U.shape == (9, 3)
+        read_only_cache.limit_bytes = 1
+        read_only_cache.trim()
+    assert [str(read_only_cache.folder) in str(warning.message) for warning in caught] == [True]
+    assert read_only_cache.read(key) is not None
+
+
+def test_a_cache_that_cannot_even_be_a_folder_does_not_stop_an_injection(network, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CERSA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="CERSA_CACHE") as caught:
+        cersa.inject_cersa(network, CersaConfig(), show_progress=False)
+    assert len(caught) == 1 and isinstance(network[0], cersa.CersaLinear)
+
+
+def test_entries_follow_the_umask(cache):
+    leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+    (path,) = cache.folder.glob("*/*.safetensors")
+    probe = cache.folder / "probe"
+    probe.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(probe.stat().st_mode)
 
 
 def test_off_and_unusable_limits(network, monkeypatch, tmp_path):

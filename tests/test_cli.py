@@ -31,7 +31,7 @@ def test_cache_info_and_clear(tmp_path, monkeypatch, capsys):
     main(["cache", "info"])
     assert "1 entries" in capsys.readouterr().out
     main(["cache", "clear"])
-    assert "0 entries" in capsys.readouterr().out and not list(tmp_path.glob("*/*"))
+    assert "0 entries" in capsys.readouterr().out and not list(tmp_path.glob("*/*.safetensors"))
     monkeypatch.setenv("CERSA_CACHE", "off")
     main(["cache", "info"])
     assert "off" in capsys.readouterr().out
@@ -59,9 +59,31 @@ def test_plan_as_tables(base_path, capsys):
     assert "| text_encoder q_proj" in shown and "| saved activations" in shown
 
 
+def test_plan_with_a_budget(base_path, tmp_path, capsys):
+    for shown_as in ("json", "table", "markdown"):
+        options = ["--memory_budget", "60MB", "--format", shown_as, "--plot", str(tmp_path / "plan.png")]
+        main(["plan", str(base_path), *options])
+        shown = capsys.readouterr().out
+        if shown_as == "json":
+            plan = json.loads(shown)
+            total = plan["totals"]["whole_model"]["cersa"]["total"]
+            assert 59.9e6 < total <= plan["memory_budget"] == 60_000_000
+            assert 0 < plan["alpha_by_kind"]["unet to_q"]["lowest"] < 1
+        else:
+            assert (
+                "The budget of 57.22 MiB chose the ranks" in shown
+                and f"{plan['alpha_by_kind']['unet to_q']['mean']:.3f}" in shown
+            )
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--alpha", "2"], "alpha is 2.0"), (["--batch", "0"], "batch is 0"), (["--rank", "0"], "lora_rank is 0")],
+    [
+        (["--memory_budget", "1MB"], "memory_budget is 1000000 bytes"),
+        (["--alpha", "2"], "alpha is 2.0"),
+        (["--batch", "0"], "batch is 0"),
+        (["--rank", "0"], "lora_rank is 0"),
+    ],
 )
 def test_plan_with_settings_that_cannot_be_is_one_line(base_path, options, named):
     with pytest.raises(SystemExit, match=f"error: {named}"):

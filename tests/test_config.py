@@ -1,8 +1,10 @@
 """Settings are checked where they are made."""
 
 import pytest
+import torch
 
 from cersa_diffusion import CersaConfig, ConfigError
+from cersa_diffusion.config import parse_bytes
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.01, float("nan")])
@@ -35,6 +37,11 @@ def test_dictionary_round_trip_and_unknown_settings():
         ({"off_diagonals": -1}, "off_diagonals"),
         ({"block": "bottom"}, "set beta below alpha"),
         ({"core": "sparse", "beta": 0.5}, "leave beta out"),
+        ({"residual": "keep", "unprofitable": "skip"}, "leave no layer"),
+        ({"memory_budget": 1000, "rank": 4}, "rank = 4 and memory_budget = 1000"),
+        ({"memory_budget": 1000, "residual": "keep"}, "residual='keep' drops nothing"),
+        ({"memory_budget": 1000, "beta": 1.1}, "beta is 1.1"),
+        ({"memory_budget": 1000, "block": "bottom"}, "set beta below alpha"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -46,3 +53,29 @@ def test_settings_that_cannot_be(settings, message):
 def test_ignored_settings_are_said(settings):
     with pytest.warns(UserWarning, match="ignored"):
         CersaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("900MB", 900_000_000), ("1.5GiB", 3 * 2**29), ("2 kib", 2048), ("7", 7), (1e9, 10**9), (123, 123), ("3TB", 3 * 10**12)],
+)
+def test_memory_sizes(size, expected):
+    assert parse_bytes(size) == expected
+    assert CersaConfig.from_dict(CersaConfig(memory_budget=size).to_dict()).memory_budget == size
+
+
+@pytest.mark.parametrize(
+    "size", ["", "MB", "-1MB", "0", 0, -5, "900 XB", "1.2.3GB", float("nan"), float("inf"), "1e999", True, "0.1B"]
+)
+def test_what_is_no_memory_size_is_refused(size):
+    with pytest.raises(ConfigError, match="no memory size"):
+        CersaConfig(memory_budget=size)
+
+
+def test_a_budget_decides_instead_of_alpha():
+    assert CersaConfig(memory_budget=1000, beta=1.0).beta == 1.0
+    CersaConfig(memory_budget=1000, beta=0.95, block="bottom")
+    with pytest.warns(UserWarning, match="alpha is ignored"):
+        CersaConfig(memory_budget=1000, alpha=0.5)
+    with pytest.raises(ConfigError, match="use choose_ranks"):
+        CersaConfig(memory_budget=1000).kept_rank(torch.ones(3))

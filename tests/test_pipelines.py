@@ -1,5 +1,6 @@
-"""Adapters on real diffusers pipelines: the embedded base."""
+"""Adapters on diffusers pipelines: the embedded base, arguments and their errors, LoRA beside CERSA, saving whole pipelines."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,20 +8,27 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
+from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 from cersa_diffusion.training.data import picture_paths
 from cersa_diffusion.training.dreambooth import DreamBoothRun
+
+from . import pipelines_small as small
+from .pipelines_small import cersa_modules, differ
+
+METHODS = (
+    "load_cersa_weights", "save_cersa_weights", "cersa_state_dict", "unload_cersa_weights", "fuse_cersa", "unfuse_cersa",
+    "enable_cersa", "disable_cersa", "set_cersa_adapters", "delete_cersa_adapters", "get_active_cersa_adapters",
+    "get_list_cersa_adapters",
+)  # fmt: skip
 
 
 def picture(pipeline, prompt="a 3d emoji of a fox") -> torch.Tensor:
@@ -127,10 +135,12 @@ def test_dtype_move_after_loading_keeps_the_cores(base_path, changed):
 def test_folder_file_name_and_adapter_names(base_path, changed, tmp_path):
     pipeline = load_base(str(base_path))
     pipeline.load_cersa_weights(changed[0].parent, strength=0.5)
-    shutil.copy(changed[0], tmp_path / "other.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"other\.safetensors.*weight_name"):
-        pipeline.load_cersa_weights(tmp_path)
-    pipeline.load_cersa_weights(tmp_path, weight_name="other.safetensors", strength=0.5)
+    (tmp_path / "sub").mkdir()
+    for name in ("one", "other"):
+        shutil.copy(changed[0], tmp_path / "sub" / f"{name}.safetensors")
+    with pytest.raises(AdapterFormatError, match=r"'one\.safetensors', 'other\.safetensors'.*weight_name"):
+        pipeline.load_cersa_weights(tmp_path, subfolder="sub")
+    pipeline.load_cersa_weights(tmp_path / "sub", weight_name="other.safetensors", strength=0.5)
     layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert set(layer.cores) == {"default_0", "default_1"}
     with pytest.raises(ConfigError, match="'default_1' is already loaded"):
@@ -146,8 +156,8 @@ def test_hub_ids_go_through_huggingface_hub(base_path, changed, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     pipeline = load_base(str(base_path))
-    pipeline.load_cersa_weights("someone/a-cat", revision="v2")
-    assert calls == [("someone/a-cat", "pytorch_cersa_weights.safetensors", {"revision": "v2"})]
+    pipeline.load_cersa_weights("someone/a-cat", revision="v2", subfolder="cat")
+    assert calls == [("someone/a-cat", "pytorch_cersa_weights.safetensors", {"revision": "v2", "subfolder": "cat"})]
     assert isinstance(pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q, CersaLinear)
 
 
@@ -171,7 +181,7 @@ def test_another_base_is_refused_and_the_pipeline_is_as_before(base_path, change
 def test_a_pipeline_without_the_text_encoder_is_told_what_is_missing(base_path, changed):
     pipeline = load_base(str(base_path))
     pipeline.text_encoder = None
-    with pytest.raises(BaseMismatchError, match="component 'text_encoder'"):
+    with pytest.raises(BaseMismatchError, match="the model has no 'text_encoder'"):
         pipeline.load_cersa_weights(changed[0])
 
 
@@ -186,39 +196,173 @@ def test_keys_are_canonical_across_transformers_versions(changed):
 
 def test_every_pipeline_class_has_the_methods():
     for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline):
-        assert callable(pipeline_class.load_cersa_weights) and callable(pipeline_class.unload_cersa_weights)
+        assert all(callable(getattr(pipeline_class, name)) for name in METHODS)
 
 
-def flux_pipeline() -> FluxPipeline:
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
-    )  # fmt: skip
-    return FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
-        tokenizer_2=None, transformer=transformer,
-    )  # fmt: skip
+def test_misspelt_arguments_and_impossible_names_are_refused(adapter_file, tmp_path):
+    pipe = small.pipeline("sd1")
+    with pytest.raises(TypeError, match="strenght"):
+        pipe.load_cersa_weights(adapter_file("sd1"), strenght=0.5)
+    for name in ("v1.5", "", "keys"):
+        with pytest.raises(ConfigError, match="cannot be the name of an adapter"):
+            pipe.load_cersa_weights(adapter_file("sd1"), adapter_name=name)
+    with pytest.raises(ConfigError, match=r"no component 'vae' to adapt.*'unet', 'text_encoder'"):
+        pipe.fuse_cersa(components=["vae"])
+    with pytest.raises(ConfigError, match="no component has CERSA layers"):
+        pipe.fuse_cersa()
+    with pytest.raises(ConfigError, match=r"has the adapters \[\]"):
+        pipe.save_cersa_weights(tmp_path)
+    assert not cersa_modules(pipe)
 
 
-def flux_latents(pipeline) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    embeddings = {"prompt_embeds": torch.ones(1, 5, 32), "pooled_prompt_embeds": torch.ones(1, 32)}
-    size = {"height": 32, "width": 32, "num_inference_steps": 2}
-    return pipeline(**embeddings, **size, generator=generator, output_type="latent").images
+def test_saving_needs_a_name_where_there_are_several(adapter_file, tmp_path):
+    pipe = small.pipeline("sd1")
+    for seed, name in enumerate("ab"):
+        pipe.load_cersa_weights(adapter_file("sd1", seed=seed), adapter_name=name)
+    with pytest.raises(ConfigError, match=r"\['a', 'b'\]: say with adapter_name="):
+        pipe.save_cersa_weights(tmp_path)
+    pipe.save_cersa_weights(tmp_path, "b", is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    pipe.save_cersa_weights(tmp_path / "new" / "folder", "b")
+    assert (tmp_path / "new" / "folder" / "pytorch_cersa_weights.safetensors").is_file()
+    with pytest.raises(ConfigError, match="is a file"):
+        pipe.save_cersa_weights(adapter_file("sd1"), "b")
 
 
-def test_pipelines_with_a_transformer(tmp_path):
-    trained = flux_pipeline()
-    cersa.inject_cersa(trained.transformer, CersaConfig(alpha=0.9), show_progress=False)
-    for core in cersa.trainable_parameters(trained.transformer):
-        core.data.normal_(std=0.02)
-    cersa.save_adapter({"transformer": trained.transformer}, tmp_path / "a.safetensors", dtype=torch.float32)
-    pipeline = flux_pipeline()
-    before = flux_latents(pipeline)
-    pipeline.load_cersa_weights(tmp_path / "a.safetensors")
-    torch.testing.assert_close(flux_latents(pipeline), flux_latents(trained), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(flux_latents(pipeline), before, atol=1e-2)
-    pipeline.unload_cersa_weights()
-    assert torch.equal(flux_latents(pipeline), before)
+def test_a_trained_pipeline_saves_where_it_came_from(base_path, tmp_path):
+    pipe = load_base(str(base_path))
+    cersa.inject_cersa(pipe.text_encoder, CersaConfig(target_modules=["q_proj"]), show_progress=False)
+    pipe.save_cersa_weights(tmp_path)
+    assert json.loads(pipe.cersa_state_dict(tmp_path)["cersa"])["base_model"] == {"name_or_path": str(base_path)}
+
+
+def test_a_disabled_pipeline_stays_disabled_when_another_adapter_is_loaded(adapter_file):
+    pipe, truncated = small.pipeline("sd1"), small.pipeline("sd1")
+    pipe.load_cersa_weights(adapter_file("sd1", components=("unet",)), adapter_name="a")
+    pipe.disable_cersa()
+    pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="b")
+    truncated.load_cersa_weights(adapter_file("sd1", components=("unet",)), strength=0)
+    pipe.set_cersa_adapters("b", {"unet": 1.0, "text_encoder": 0.0})
+    assert pipe.get_active_cersa_adapters() == []
+    pipe.enable_cersa()
+    assert pipe.get_active_cersa_adapters() == ["b"] and differ(small.picture(pipe), small.picture(truncated))
+
+
+def test_deleting_gives_layers_without_an_adapter_their_weight_back(adapter_file):
+    pipe, only_text = small.pipeline("sd1"), small.pipeline("sd1")
+    pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
+    for each in (pipe, only_text):
+        each.load_cersa_weights(adapter_file("sd1", components=("text_encoder",)), adapter_name="b")
+    pipe.delete_cersa_adapters("a")
+    assert pipe.get_list_cersa_adapters() == {"text_encoder": ["b"]} and not cersa_layers(pipe.unet)
+    assert torch.equal(small.picture(pipe), small.picture(only_text))
+
+
+def test_fused_layers_are_not_changed_behind_the_back(adapter_file, tmp_path):
+    pipe = small.pipeline("sd1")
+    pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
+    pipe.fuse_cersa()
+    fused = small.picture(pipe)
+    for change in (
+        lambda: pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="b"),
+        lambda: pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a", hotswap=True),
+        lambda: pipe.set_cersa_adapters("a", 0.5),
+        lambda: pipe.delete_cersa_adapters("a"),
+        pipe.disable_cersa,
+        pipe.enable_cersa,
+        lambda: cersa.add_adapter(pipe.unet, "c", like="a"),
+        lambda: cersa.load_adapter({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, adapter_file("sd1")),
+    ):
+        with pytest.raises(ConfigError, match=r"fused.*unfuse"):
+            change()
+    assert torch.equal(small.picture(pipe), fused) and pipe.get_active_cersa_adapters() == ["a"]
+    pipe.save_cersa_weights(tmp_path, "a", dtype=torch.float32)
+    assert torch.equal(small.picture(pipe), fused)
+    pipe.unload_cersa_weights()
+    pipe.load_cersa_weights(tmp_path)
+    torch.testing.assert_close(small.picture(pipe), fused, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("moved", [torch.float16, torch.float32])
+def test_unfuse_after_a_dtype_move(adapter_file, moved):
+    pipe, expected = small.pipeline("sd1"), small.pipeline("sd1")
+    for each in (pipe, expected):
+        each.load_cersa_weights(adapter_file("sd1"))
+    pipe.fuse_cersa()
+    pipe.to(moved)
+    pipe.unfuse_cersa()
+    expected.to(moved)
+    assert torch.equal(small.picture(pipe), small.picture(expected))
+
+
+def test_fused_and_merged_pipelines_are_plain_to_stock_diffusers(adapter_file, tmp_path):
+    pipe = small.pipeline("sdxl")
+    pipe.load_cersa_weights(adapter_file("sdxl"), strength=0.5)
+    pipe.fuse_cersa()
+    adapted = small.picture(pipe)
+    pipe.save_pretrained(tmp_path / "fused")
+    for model in small.adapted_components(pipe).values():
+        cersa.merge(model)
+        assert all(type(module) is torch.nn.Linear for name, module in model.named_modules() if name.endswith("to_q"))
+    pipe.save_pretrained(tmp_path / "merged")
+    for folder in ("fused", "merged"):
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(small.picture(stock), adapted, rtol=0, atol=1e-5)
+
+
+def test_a_single_model_saves_dense_weights_and_its_own_state_dict_stays_factored(adapter_file, tmp_path):
+    pipe = small.pipeline("sd1")
+    untouched = set(pipe.unet.state_dict())
+    pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
+    factored = set(pipe.unet.state_dict())
+    pipe.unet.save_pretrained(tmp_path)
+    assert set(pipe.unet.state_dict()) == factored
+    stock, loading = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()) and set(stock.state_dict()) == untouched
+    weight = stock.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    assert torch.equal(weight, pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.effective_weight())
+
+
+@pytest.fixture
+def lora_file(tmp_path):
+    """A LoRA with values on the attention of the UNet."""
+    unet = small.pipeline("sd1").unet
+    torch.manual_seed(3)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    return tmp_path / "pytorch_lora_weights.safetensors"
+
+
+def test_a_layer_with_a_lora_is_refused_with_the_order_that_works(adapter_file, lora_file):
+    pipe = small.pipeline("sd1")
+    pipe.load_lora_weights(lora_file)
+    before = small.picture(pipe)
+    with pytest.raises(ConfigError, match=r"to_q carries a LoRA: unload it .*fuse_cersa\(\)"):
+        pipe.load_cersa_weights(adapter_file("sd1"))
+    assert torch.equal(small.picture(pipe), before) and not cersa_modules(pipe)
+    pipe.load_cersa_weights(adapter_file("sd1", components=("text_encoder",)))
+    assert differ(small.picture(pipe), before)
+
+
+def test_a_lora_goes_on_top_of_a_fused_adapter(adapter_file, lora_file):
+    pipe = small.pipeline("sd1")
+    base = small.picture(pipe)
+    pipe.load_cersa_weights(adapter_file("sd1"))
+    adapted = small.picture(pipe)
+    with pytest.raises(ValueError, match="CersaLinear"):
+        pipe.load_lora_weights(lora_file)
+    assert torch.equal(small.picture(pipe), adapted)
+    pipe.fuse_cersa()
+    fused = small.picture(pipe)
+    pipe.load_lora_weights(lora_file)
+    assert differ(small.picture(pipe), fused)
+    for change in (pipe.unfuse_cersa, pipe.unload_cersa_weights):
+        with pytest.raises(ConfigError, match=r"carry a LoRA.*unload_lora_weights"):
+            change()
+    pipe.unload_lora_weights()
+    assert torch.equal(small.picture(pipe), fused)
+    pipe.unfuse_cersa()
+    assert torch.equal(small.picture(pipe), adapted)
+    pipe.unload_cersa_weights()
+    assert torch.equal(small.picture(pipe), base)

@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""The UNet of Stable Diffusion 2.1 base: decomposing its 216 linear layers, and training steps of whole transformer blocks.
+
+Decomposition: cold and from the cache, on weights with random singular vectors that are written to disk beforehand and read
+layer by layer. `--fraction` measures some layers of every shape and extrapolates by the seconds of each.
+
+Steps: real transformer blocks at 512 x 512 and batch 1 under CERSA, peft LoRA r = 32 and full fine-tuning, a fresh process each;
+with attention, norms and the input's gradient, which benchmarks/layers.py leaves out: seconds, and the peak of resident memory
+(on a GPU of allocated memory) over what the process had before the weights.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from layers import ALPHA, LORA_RANK, decay_for
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from cersa_diffusion import CersaConfig, inject_cersa, trainable_parameters
+from cersa_diffusion.cache import DecompositionCache, leading_factors
+from cersa_diffusion.decomposition import LayerJob, decompose_layers
+from cersa_diffusion.tensor_file import TensorFileWriter, read_tensor
+
+METHODS = ("cersa", "lora", "full")
+# Width and tokens of the UNet's transformer blocks.
+BLOCKS = ((320, 4096), (640, 1024), (1280, 256))
+MIB = 2**20
+
+
+def layer_shapes() -> dict[str, tuple[int, int]]:
+    """Name -> (outputs, inputs) of the linear layers of the UNet."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+    return {name: tuple(layer.weight.shape) for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)}
+
+
+class Weights:
+    """Weights of any shape in which alpha = .95 keeps one share of the rank; all of one shape have the same spectrum."""
+
+    def __init__(self, share: float):
+        self.share, self.made = share, 0
+        self.originals: dict[tuple[int, int], Tensor] = {}
+
+    def next(self, shape: tuple[int, int]) -> Tensor:
+        """Another weight: orthogonal factors are dear, so it is one weight a shape with rows shuffled and signs drawn."""
+        generator = torch.Generator().manual_seed(self.made)
+        self.made += 1
+        if shape not in self.originals:
+            p = min(shape)
+            left, right = (torch.linalg.qr(torch.randn(size, p, generator=generator)).Q for size in shape)
+            self.originals[shape] = (left * decay_for(self.share, p)) @ right.T
+        signs = torch.randint(0, 2, (shape[0], 1), generator=generator) * 2.0 - 1
+        return self.originals[shape][torch.randperm(shape[0], generator=generator)] * signs
+
+
+def in_parallel(jobs: list[LayerJob]) -> float:
+    """Seconds of decomposing as injection does."""
+    start = time.perf_counter()
+    with decompose_layers(jobs, show_progress=False) as results:
+        for _ in results:
+            pass
+    return time.perf_counter() - start
+
+
+def one_by_one(jobs: list[LayerJob]) -> float:
+    """Seconds of decomposing one layer after the other, every solver with all threads."""
+    start = time.perf_counter()
+    for job in jobs:
+        leading_factors(job.load(), job.choose_rank, None)
+    return time.perf_counter() - start
+
+
+def decomposition(fraction: float, share: float, device: str, serial: bool) -> dict:
+    """Seconds for all layers: cold, cached, and one by one if asked.
+
+    Shapes are timed one after the other, so that a part of the layers of each stands for all of them.
+    """
+    shapes, config, weights = layer_shapes(), CersaConfig(alpha=ALPHA), Weights(share)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CERSA_CACHE"] = f"{folder}/cache"
+        for shape, count in sorted(Counter(shapes.values()).items(), key=lambda item: math.prod(item[0]) * min(item[0])):
+            names = [name for name, own in shapes.items() if own == shape][: max(1, round(fraction * count))]
+            path = Path(folder, "weights.safetensors")
+            writer = TensorFileWriter(path)
+            for name in names:
+                writer.add(name, weights.next(shape))
+            writer.finish()
+
+            def load(name: str, path: Path = path) -> Tensor:
+                return read_tensor(path, name).to(device)
+
+            jobs = [LayerJob(name, shape, lambda name=name: load(name), config.kept_rank) for name in names]
+            row = {"m": shape[0], "n": shape[1], "layers": count, "measured": len(names)}
+            row["one_by_one"] = one_by_one(jobs) if serial else None
+            row |= {"cold": in_parallel(jobs), "cached": in_parallel(jobs)}
+            row["cache_bytes"] = DecompositionCache.default().info().size_bytes
+            DecompositionCache.default().clear()
+            rows.append(row)
+            print(f"  {shape[0]:>6} x {shape[1]:<6}{len(names):>4} of {count:<4}cold {row['cold']:.2f} s", flush=True)
+    timings = ("cold", "cached", "cache_bytes") + (("one_by_one",) if serial else ())
+    return {
+        "totals": {what: sum(row[what] * row["layers"] / row["measured"] for row in rows) for what in timings},
+        "shapes": rows,
+    }
+
+
+def resident(peak: bool) -> int:
+    """Resident bytes of this process, now or the most since `forget_peak`."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def forget_peak(device: str) -> None:
+    """Starts a new peak; what the decomposition has freed does not count."""
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def used(device: str, peak: bool) -> int:
+    if device == "cpu":
+        return resident(peak)
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def prepared_block(method: str, width: int, share: float, device: str) -> nn.Module:
+    """A transformer block of the UNet with only the method's parameters trainable."""
+    block = BasicTransformerBlock(width, width // 64, 64, cross_attention_dim=1024)
+    weights = Weights(share)
+    linears = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+    for layer in linears:
+        layer.weight.data = weights.next(tuple(layer.weight.shape))
+    block.to(device).requires_grad_(False)
+    if method == "cersa":
+        inject_cersa(block, CersaConfig(alpha=ALPHA), show_progress=False)
+    elif method == "lora":
+        targets = [name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets), block)
+    else:
+        for layer in linears:
+            layer.weight.requires_grad_(True)
+    return block
+
+
+def one_step(block: nn.Module, width: int, tokens: int, device: str) -> Callable[[], None]:
+    """A training step: forward, backward (also to the input, as inside the UNet), AdamW."""
+    x = torch.randn(1, tokens, width, device=device).requires_grad_()
+    prompt = torch.randn(1, 77, 1024, device=device)
+    optimizer = torch.optim.AdamW(trainable_parameters(block), 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        block(x, encoder_hidden_states=prompt).square().mean().backward()
+        optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure_steps(method: str, width: int, tokens: int, share: float, device: str, repeats: int) -> dict:
+    """Figures of one method on one block, for a fresh process."""
+    before = used(device, peak=False)
+    block = prepared_block(method, width, share, device)
+    step = one_step(block, width, tokens, device)
+    forget_peak(device)
+    step()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {"peak": used(device, peak=True) - before, "step": sorted(seconds)[len(seconds) // 2]}
+
+
+def steps(share: float, device: str, repeats: int, widths: list[int]) -> list[dict]:
+    """All blocks and methods: CERSA's figures over LoRA's and over full fine-tuning's."""
+    rows = []
+    for width, tokens in (block for block in BLOCKS if block[0] in widths):
+        figures = {}
+        for method in METHODS:
+            case = json.dumps([method, width, tokens, share, device, repeats])
+            command = [sys.executable, __file__, "--case", case]
+            environment = os.environ | {"CERSA_CACHE": "off"}
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            figures[method] = json.loads(done.stdout.splitlines()[-1])
+        row = {"width": width, "tokens": tokens, "figures": figures}
+        for other in ("lora", "full"):
+            row |= {f"{what}/{other}": figures["cersa"][what] / figures[other][what] for what in ("peak", "step")}
+        rows.append(row)
+    return rows
+
+
+def report(results: dict) -> str:
+    """All figures as text."""
+    lines = []
+    if "decomposition" in results:
+        totals = results["decomposition"]["totals"]
+        measured = sum(row["measured"] for row in results["decomposition"]["shapes"])
+        layers = sum(row["layers"] for row in results["decomposition"]["shapes"])
+        how = "" if measured == layers else f", extrapolated from {measured}"
+        lines.append(f"decomposing {layers} layers{how}: cold {totals['cold']:.1f} s, cached {totals['cached']:.1f} s")
+        lines[-1] += f" ({totals['cache_bytes'] / 2**30:.2f} GiB)"
+        if "one_by_one" in totals:
+            lines.append(f"one layer after the other, all threads on each: {totals['one_by_one']:.1f} s")
+    if "steps" in results:
+        columns = [f"{what}/{other}" for other in ("lora", "full") for what in ("peak", "step")]
+        lines.append(f"{'block':<16}{'cersa MiB':>12}{'cersa s':>10}" + "".join(f"{column:>12}" for column in columns))
+        for row in results["steps"]:
+            own = row["figures"]["cersa"]
+            figures = f"{own['peak'] / MIB:>12.0f}{own['step']:>10.3f}" + "".join(f"{row[column]:>12.2f}" for column in columns)
+            lines.append(f"{row['width']:>4} x {row['tokens']:<9}" + figures)
+        lines.append("CERSA over peft LoRA and over full fine-tuning; under 1: CERSA needs less")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fraction", type=float, default=1.0, help="part of the layers of every shape that is decomposed")
+    parser.add_argument("--share", type=float, default=0.35, help=f"k/n at alpha = {ALPHA} (default: %(default)s)")
+    parser.add_argument("--serial", action="store_true", help="also one layer after the other, all threads on each")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[b[0] for b in BLOCKS], help="widths to train; none: no steps")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--steps-only", action="store_true", help="no decomposition")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/whole_model.json"), help="default: %(default)s")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure_steps(*json.loads(arguments.case))))
+        return
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    machine["device"] = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu"
+    results = {"machine": machine, "alpha": ALPHA, "lora_rank": LORA_RANK, "share": arguments.share}
+    if not arguments.steps_only:
+        results["decomposition"] = decomposition(arguments.fraction, arguments.share, arguments.device, arguments.serial)
+    if arguments.blocks:
+        results["steps"] = steps(arguments.share, arguments.device, arguments.repeats, arguments.blocks)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{report(results)}\n{machine}; figures in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
