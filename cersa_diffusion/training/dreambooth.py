@@ -8,10 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,9 +28,11 @@ from cersa_diffusion.training.checkpoints import (
     skip_model_weights,
 )
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.data import DreamBoothDataset, collate, picture_paths, sample_generator
+from cersa_diffusion.training.data import DreamBoothDataset, collate, picture_paths
 from cersa_diffusion.training.interrupt import StopRequest
+from cersa_diffusion.training.loss import DreamBoothLoss
 from cersa_diffusion.training.methods import METHODS, load_result
+from cersa_diffusion.training.truncation import TruncationCost, probe_loss
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
@@ -42,7 +43,7 @@ class TrainResult:
     """What a run made and what it took.
 
     Attributes:
-        method: "cersa", "lora" or "full".
+        method: a key of `METHODS`.
         output_dir: folder of the run.
         weights_path: file or folder that `load_result` opens.
         steps: optimizer steps done in all.
@@ -52,6 +53,7 @@ class TrainResult:
         trainable_parameters: numbers that are trained.
         weight_bytes, gradient_bytes, optimizer_bytes: tensors of UNet and text encoder while training, without activations.
         file_bytes: size of the result on disk (for full fine-tuning: of the trained components).
+        truncation: what dropping components cost before the first step; None where nothing is dropped.
     """
 
     method: str
@@ -66,6 +68,7 @@ class TrainResult:
     gradient_bytes: int
     optimizer_bytes: int
     file_bytes: int
+    truncation: TruncationCost | None
 
 
 def train_dreambooth(config: DreamBoothConfig) -> TrainResult | None:
@@ -89,12 +92,11 @@ def train_dreambooth(config: DreamBoothConfig) -> TrainResult | None:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
-    set_seed(config.seed)
     base = load_base(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     base.to(accelerator.device)
     class_paths = _class_pictures(config, base, accelerator)
 
-    run = DreamBoothRun(config, base, accelerator)
+    run = DreamBoothRun(config, base, accelerator, probe_paths=instance_paths)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         config.write(output_dir / CONFIG_FILE)
@@ -152,23 +154,39 @@ class DreamBoothRun:
         config: the settings.
         base: the base pipeline; its models are changed in place.
         accelerator: device, precision and processes.
+        probe_paths: pictures on which the main process measures what CERSA's truncation costs; not measured when left out.
     """
 
-    def __init__(self, config: DreamBoothConfig, base: StableDiffusionPipeline, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: DreamBoothConfig,
+        base: StableDiffusionPipeline,
+        accelerator: Accelerator,
+        probe_paths: list[Path] | None = None,
+    ):
         self.config, self.accelerator = config, accelerator
         self.method = METHODS[config.method](config)
-        self.vae, self.tokenizer = base.vae, base.tokenizer
-        self.noise_scheduler = DDPMScheduler.from_config(base.scheduler.config)
+        self.loss = DreamBoothLoss(config, base, accelerator.device)
         self.unet, self.text_encoder = base.unet, base.text_encoder
         self.components: dict[str, nn.Module] = {"unet": base.unet}
         if config.train_text_encoder:
             self.components["text_encoder"] = base.text_encoder
         for model in (base.vae, base.unet, base.text_encoder):
             model.requires_grad_(False)
+        probed = config.method == "cersa" and probe_paths is not None and accelerator.is_main_process
+        base_loss = probe_loss(self.loss, probe_paths, self.components, accelerator.autocast()) if probed else None
+        # Here and not earlier: what a method draws at its start depends on nothing but the seed.
+        set_seed(config.seed)
         start = time.perf_counter()
+        self.method.plan(self.components, self._compute_dtype)
         self.description = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
         self.prepare_seconds = time.perf_counter() - start
         self._set_precision(base)
+        self.truncation = None
+        if probed:
+            truncated_loss = probe_loss(self.loss, probe_paths, self.components, accelerator.autocast())
+            self.truncation = TruncationCost.of(self.method.reports, base_loss, truncated_loss)
+            self.description.append(str(self.truncation))
         self.optimizer = torch.optim.AdamW(
             [{"params": trainable_parameters(model), "lr": self._learning_rate(name)} for name, model in self.components.items()],
             betas=(config.adam_beta1, config.adam_beta2),
@@ -181,8 +199,12 @@ class DreamBoothRun:
         own = self.config.text_encoder_lr if component == "text_encoder" else None
         return self.config.learning_rate if own is None else own
 
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
     def _set_precision(self, base: StableDiffusionPipeline) -> None:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        dtype = self._compute_dtype
         if dtype != torch.float32:
             for name in ("unet", "text_encoder"):
                 if name in self.components:
@@ -269,59 +291,6 @@ class DreamBoothRun:
             raise NonFiniteError(f"the loss became {value} at step {step + 1}: lower learning_rate ({self.config.learning_rate})")
         return value
 
-    def loss(self, batch: dict, models: dict[str, nn.Module]) -> Tensor:
-        """The denoising loss of a batch, with the class pictures' share weighted by `prior_loss_weight`.
-
-        Args:
-            batch: of `data.collate`.
-            models: the trained components as accelerate prepared them.
-        """
-        config, device = self.config, self.accelerator.device
-        samples = batch["samples"].tolist()
-        streams = [(sample, 1) for sample in samples]
-        if config.with_prior_preservation:
-            streams += [(sample, 2) for sample in samples]
-        generators = [sample_generator(config.seed, sample, stream) for sample, stream in streams]
-        latents = self._encode_pictures(batch["pixels"].to(device), generators)
-        noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=generator) for generator in generators]).to(device)
-        steps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.cat([torch.randint(steps, (1,), generator=generator) for generator in generators]).to(device)
-        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        unet = models["unet"]
-        states = self._encode_prompts(models.get("text_encoder", self.text_encoder), len(samples))
-        prediction = unet(noisy.to(self.unet.dtype), timesteps, states.to(self.unet.dtype), return_dict=False)[0].float()
-        if self.noise_scheduler.config.prediction_type == "v_prediction":
-            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            target = noise
-        if not config.with_prior_preservation:
-            return F.mse_loss(prediction, target)
-        subject, prior = (F.mse_loss(a, b) for a, b in zip(prediction.chunk(2), target.chunk(2), strict=True))
-        return subject + config.prior_loss_weight * prior
-
-    @torch.no_grad()
-    def _encode_pictures(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        noise = torch.cat([torch.randn(1, *posterior.mean.shape[1:], generator=generator) for generator in generators])
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        return (latents * self.vae.config.scaling_factor).float()
-
-    def _encode_prompts(self, text_encoder: nn.Module, count: int) -> Tensor:
-        prompts = [self.config.instance_prompt]
-        if self.config.with_prior_preservation:
-            prompts.append(self.config.class_prompt)
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        # Each prompt is encoded once and shared by its pictures: the same gradients as encoding it for every picture.
-        with torch.set_grad_enabled("text_encoder" in self.components):
-            states = text_encoder(tokens.input_ids.to(self.accelerator.device), return_dict=False)[0]
-        return states.repeat_interleave(count, dim=0)
-
     def save(self, output_dir: Path) -> TrainResult:
         """Writes the result of the method and says what it took."""
         config = self.config
@@ -360,6 +329,7 @@ class DreamBoothRun:
             gradient_bytes=_bytes(trained),
             optimizer_bytes=_bytes(moments),
             file_bytes=_size_on_disk(weights_path, list(self.components)),
+            truncation=self.truncation,
         )
 
 
@@ -386,12 +356,8 @@ def _validation_pictures(config: DreamBoothConfig, result: TrainResult, folder: 
 
 
 def _summary(config: DreamBoothConfig, result: TrainResult) -> str:
-    open_base = f'pipe = StableDiffusionPipeline.from_pretrained("{config.pretrained_model_name_or_path}")'
-    opened = {
-        "cersa": f'{open_base}\n    pipe.load_cersa_weights("{result.weights_path}")',
-        "lora": f'{open_base}\n    pipe.load_lora_weights("{result.weights_path}")',
-        "full": f'pipe = StableDiffusionPipeline.from_pretrained("{result.weights_path}")',
-    }[config.method]
+    opening = METHODS[config.method].opening.format(base=config.pretrained_model_name_or_path, path=result.weights_path)
+    opening = opening.replace("\n", "\n    ")
     tensors = result.weight_bytes + result.gradient_bytes + result.optimizer_bytes
     return f"""
 {config.method}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f} (mean of the last tenth)
@@ -401,5 +367,5 @@ result  {result.weights_path} ({result.file_bytes / 2**20:.2f} MiB)
 To generate with it:
     import torch, cersa_diffusion
     from diffusers import StableDiffusionPipeline
-    {opened}
+    {opening}
     pipe("{config.instance_prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")"""

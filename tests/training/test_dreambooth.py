@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError, CersaLinear, ConfigError
@@ -17,14 +16,8 @@ from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.data import picture_paths
 from cersa_diffusion.training.dreambooth import DreamBoothRun
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision for the whole process; these tests change it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
+# The right rate differs by method; ranks are LoRA's alone.
+OPTIONS = {"cersa": {"learning_rate": 1e-3}, "lora": {"learning_rate": 1e-3, "rank": 8}, "full": {"learning_rate": 3e-4}}
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ def states_of(pipeline) -> torch.Tensor:
 @pytest.mark.parametrize(("method", "limit"), [("cersa", 5e-3), ("lora", 1e-5), ("full", 1e-6)])
 def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_path):
     """The stock loaders for LoRA and full fine-tuning, ours for CERSA (stored in 16 bit)."""
-    config = DreamBoothConfig(**settings, method=method, learning_rate=RATES[method], rank=8)
+    config = DreamBoothConfig(**settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
     untouched = load_base(config.pretrained_model_name_or_path)
     run = DreamBoothRun(config, base, Accelerator())
@@ -71,6 +64,20 @@ def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_pa
     assert (again - trained).norm() <= limit * trained.norm()
     # The bound means something only if training changed much more than it allows.
     assert (trained - before).norm() > 5 * limit * trained.norm() and states_change > 5 * limit * trained_states.norm()
+
+
+@pytest.mark.parametrize(("precision", "budget", "limit"), [("no", "60MB", 60e6), ("bf16", "32MB", 32e6)])
+def test_components_share_the_memory_budget(settings, precision, budget, limit, tmp_path):
+    config = DreamBoothConfig(**settings | {"memory_budget": budget, "max_train_steps": 1})
+    run = DreamBoothRun(config, load_base(config.pretrained_model_name_or_path), Accelerator(mixed_precision=precision))
+    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    models = list(run.components.values())
+    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    states = [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    tensors = [t for model in models for t in (*model.parameters(), *model.buffers())] + states
+    # Gradients are as large as the trained tensors; the optimizer has dropped them.
+    used = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 4 * sum(p.numel() for p in trained)
+    assert limit - 1e5 < used <= limit
 
 
 def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_path):
@@ -100,7 +107,7 @@ def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_pat
 
 @pytest.mark.parametrize("method", ["cersa", "lora", "full"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(settings, method, tmp_path):
-    settings |= {"method": method, "rank": 4, "checkpointing_steps": 2, "lr_scheduler": "linear", "random_flip": True}
+    settings |= {"method": method, "checkpointing_steps": 2, "lr_scheduler": "linear", "random_flip": True} | OPTIONS[method]
     whole = train_dreambooth(DreamBoothConfig(**settings))
     # The same run, cut off after step 2: its later checkpoint and its result are gone.
     cut = tmp_path / "cut"
