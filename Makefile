@@ -10,7 +10,7 @@ help:
 	@echo "make demo    learn a subject with CERSA, LoRA and full fine-tuning; picture and table in outputs/demo"
 	@echo "make test    the test suite"
 	@echo "make check   lint and formatting"
-	@echo "make bench   speed and memory of single layers, as ratios to LoRA and full fine-tuning"
+	@echo "make bench   speed and memory as ratios to LoRA and full fine-tuning: layers, loading, decomposing a whole UNet"
 	@echo "make base    rebuild the embedded models from openly licensed artwork (needs npm; long)"
 
 install: $(INSTALLED)
@@ -33,6 +33,8 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/layers.py
+	$(RUN) benchmarks/loading.py
+	$(RUN) benchmarks/whole_model.py --fraction .1
 
 base: $(INSTALLED)
 	$(RUN) -m pip install --quiet --editable ".[base]"
