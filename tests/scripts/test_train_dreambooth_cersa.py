@@ -50,7 +50,8 @@ def test_trains_saves_and_the_file_gives_the_same_pictures_in_a_fresh_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     again = pipeline(prompt, generator=torch.Generator().manual_seed(0), height=64, width=64).images[0]
     shown = Image.open(tmp_path / "run" / "validation" / "00.png")
-    assert np.array_equal(np.asarray(again), np.asarray(shown))
+    # One step of 255: `accelerate launch` runs its process on one thread, this one has more, and the last bits differ by that.
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(shown)).max() <= 1
 
 
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on(base_path, subject_path, subject, tmp_path):
