@@ -73,10 +73,25 @@ def survey(
         stored = checkpoints[component].find(layer, linear.weight, finer_only=True)
         # A budget may choose any rank: the cache gets all of the bases.
         jobs.append(LayerJob.of(name, linear, config.kept_rank if config.memory_budget is None else len, stored))
-    sources: set[int | None] = set()
-    dense = {name: _dense_layer(name, linear, weight_dtype, tokens, sources) for name, (linear, _) in targets.items()}
+    dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
     with decompose_layers(jobs, show_progress=show_progress) as results:
         return [TargetLayer(name, dense[name], targets[name][1], factors.s) for name, factors in results]
+
+
+def dense_layers(
+    linears: Mapping[str, nn.Linear], weight_dtype: torch.dtype | None, tokens: Mapping[str, "LayerInput"] | None
+) -> dict[str, DenseLayer]:
+    """What the arithmetic of memory needs to know of the target layers.
+
+    Args:
+        linears: "component.layer name" -> layer, in model order.
+        weight_dtype, tokens: as `survey`.
+
+    Raises:
+        ConfigError: a target has no tokens.
+    """
+    sources: set[int | None] = set()
+    return {name: _dense_layer(name, linear, weight_dtype, tokens, sources) for name, linear in linears.items()}
 
 
 def _dense_layer(

@@ -1,8 +1,8 @@
-"""Decomposing is done once: an on-disk cache of singular value decompositions.
+"""What takes long is done once: an on-disk cache of singular value decompositions, and of what training computes beforehand.
 
-Entries are safetensors, named by a hash of the weight's bytes and of the algorithm, read memory-mapped. Writing is atomic and a
-lock per entry keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is "off", `CERSA_CACHE_LIMIT`
-bounds it in GiB.
+Entries are safetensors, named by a hash of all that they depend on (a weight's bytes and the algorithm), read memory-mapped.
+Writing is atomic and a lock per entry keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is
+"off", `CERSA_CACHE_LIMIT` bounds it in GiB, and so each of its parts.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,9 @@ from cersa_diffusion.functional import Decomposition, decompose
 # Raised whenever `decompose` may give other numbers for the same weight.
 ALGORITHM = "gram-or-svd-1"
 DEFAULT_LIMIT_GIB = 20.0
+# Sub-folders of the cache: decompositions are in the folder itself, the others are training's.
+LATENTS, TEXT_EMBEDDINGS = "latents", "text_embeddings"
+CACHE_PARTS = ("", LATENTS, TEXT_EMBEDDINGS)
 # How long to wait for another process that computes an entry, before computing it here as well.
 CLAIM_SECONDS = 600
 # On an accelerator layers are decomposed one at a time: more at once take memory and no less time.
@@ -43,8 +46,8 @@ class CacheInfo:
     limit_bytes: int
 
 
-class DecompositionCache:
-    """Decompositions on disk: the whole spectrum and the leading singular vectors in float32.
+class TensorCache:
+    """Named tensors on disk, some for each key.
 
     Args:
         folder: where the entries are; made when the first one is written.
@@ -56,8 +59,11 @@ class DecompositionCache:
         self._writable, self._warning = True, threading.Lock()
 
     @classmethod
-    def default(cls) -> "DecompositionCache | None":
+    def default(cls, part: str = "") -> "TensorCache | None":
         """The cache that the environment names, by default under the user's cache folder; None when it is off.
+
+        Args:
+            part: sub-folder of entries of another kind than decompositions.
 
         Raises:
             ConfigError: `CERSA_CACHE_LIMIT` is not a positive number.
@@ -73,21 +79,21 @@ class DecompositionCache:
         if limit_bytes <= 0:
             raise ConfigError(f"CERSA_CACHE_LIMIT is {limit!r}, expected a size in GiB such as 20")
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(Path(setting) if setting else home / "cersa_diffusion", limit_bytes)
+        return cls((Path(setting) if setting else home / "cersa_diffusion") / part, limit_bytes)
 
-    def read(self, key: str) -> Decomposition | None:
+    def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """The entry of a key, memory-mapped, or None when there is none that can be read."""
         path = self._path(key)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                factors = Decomposition(*(file.get_tensor(name) for name in ("U", "s", "Vh")))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, safetensors.SafetensorError):
             return None
         with contextlib.suppress(OSError):  # someone else's cache: readable all the same
             os.utime(path)
-        return factors
+        return tensors
 
-    def write(self, key: str, factors: Decomposition) -> None:
+    def write_tensors(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes an entry under a temporary name and renames it: readers see the old entry, the new one, or none.
 
         A folder that cannot be written (or a full disk) costs a warning, once, and the cache is only read from then on.
@@ -97,23 +103,23 @@ class DecompositionCache:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(path, factors)
+            self._write(path, tensors)
         except (OSError, safetensors.SafetensorError) as error:
             with self._warning:
                 if self._writable:
                     warnings.warn(
-                        f"the decomposition cache {self.folder} cannot be written ({error}): set CERSA_CACHE to another folder, "
-                        "or every run decomposes anew",
+                        f"the cache {self.folder} cannot be written ({error}): set CERSA_CACHE to another folder, or every run "
+                        "computes its entries anew",
                         stacklevel=2,
                     )
                 self._writable = False
 
-    def _write(self, path: Path, factors: Decomposition) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             temporary.touch()
             mode = temporary.stat().st_mode  # as the umask has it; safetensors alone would make the file private
-            save_file({name: tensor.contiguous().cpu() for name, tensor in factors._asdict().items()}, temporary)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
             temporary.chmod(mode)
             os.replace(temporary, path)
         finally:
@@ -166,6 +172,21 @@ class DecompositionCache:
             except FileNotFoundError:  # another process trims as well
                 continue
         return found
+
+
+class DecompositionCache(TensorCache):
+    """Decompositions on disk: the whole spectrum and the leading singular vectors in float32."""
+
+    def read(self, key: str) -> Decomposition | None:
+        """The entry of a key, or None when there is none that can be read."""
+        tensors = self.read_tensors(key)
+        if tensors is None or tensors.keys() != set(Decomposition._fields):
+            return None
+        return Decomposition(**tensors)
+
+    def write(self, key: str, factors: Decomposition) -> None:
+        """Writes an entry, as `write_tensors` does."""
+        self.write_tensors(key, factors._asdict())
 
 
 def weight_key(weight: Tensor) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from cersa_diffusion.cache import DecompositionCache
+from cersa_diffusion.cache import CACHE_PARTS, TensorCache
 from cersa_diffusion.cli_adapters import add_adapter_commands
 from cersa_diffusion.compress import compress
 from cersa_diffusion.config import CersaConfig
@@ -19,27 +19,34 @@ from cersa_diffusion.tokens import pipeline_tokens
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    cache = DecompositionCache.default()
-    if cache is None:
-        print("the cache is off (CERSA_CACHE=off)")
-        return
-    if arguments.action == "clear":
-        cache.clear()
-    info = cache.info()
-    print(f"{info.folder}: {info.entries} entries, {info.size_bytes / 2**30:.2f} of at most {info.limit_bytes / 2**30:.1f} GiB")
+    for part in CACHE_PARTS:
+        cache = TensorCache.default(part)
+        if cache is None:
+            print("the cache is off (CERSA_CACHE=off)")
+            return
+        if arguments.action == "clear":
+            cache.clear()
+        info = cache.info()
+        print(
+            f"{info.folder}: {info.entries} entries, {info.size_bytes / 2**30:.2f} of at most {info.limit_bytes / 2**30:.1f} GiB"
+        )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     # Imported here: the trainer and all it needs are slow to import, and the other commands do without.
-    from cersa_diffusion.training.base import TARGET_MODULES, load_base
+    from cersa_diffusion.families import family_of
+    from cersa_diffusion.training.base import default_targets, load_base
 
+    pipeline = load_base(arguments.model)
     configs = {
         component: CersaConfig(
-            alpha=arguments.alpha, beta=arguments.beta, memory_budget=arguments.memory_budget, target_modules=targets
+            alpha=arguments.alpha,
+            beta=arguments.beta,
+            memory_budget=arguments.memory_budget,
+            target_modules=default_targets(component),
         )
-        for component, targets in TARGET_MODULES.items()
+        for component in ("unet", *family_of(type(pipeline).__name__).text_encoders)
     }
-    pipeline = load_base(arguments.model)
     tokens = None
     if arguments.batch is not None or arguments.resolution is not None:
         tokens = pipeline_tokens(pipeline, 1 if arguments.batch is None else arguments.batch, arguments.resolution)
@@ -60,7 +67,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _add_plan(commands) -> None:
     help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
     plan = commands.add_parser("plan", help="say what CERSA, LoRA and full fine-tuning cost in memory, before any training")
-    plan.add_argument("model", help="a Stable Diffusion pipeline: a folder or a model id on the hub")
+    plan.add_argument("model", help="a Stable Diffusion or SDXL pipeline: a folder or a model id on the hub")
     plan.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
     plan.add_argument("--beta", type=float, help=help_texts["beta"])
     plan.add_argument("--memory_budget", metavar="SIZE", help=help_texts["memory_budget"])

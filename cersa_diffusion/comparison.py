@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
 
 CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
 
@@ -17,6 +18,7 @@ def generate(
     steps: int = 25,
     guidance: float = 4.0,
     batch_size: int = 16,
+    show_progress: bool = False,
 ) -> list[list[Image.Image]]:
     """Pictures of every prompt with every seed: ``result[prompt][seed]``.
 
@@ -29,10 +31,11 @@ def generate(
         steps: denoising steps of the pipeline's scheduler.
         guidance: classifier-free guidance scale.
         batch_size: pictures at once.
+        show_progress: a bar over the batches.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     pictures = []
-    for start in range(0, len(jobs), batch_size):
+    for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", unit="batch", disable=not show_progress):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         texts = [prompt for prompt, _ in batch]

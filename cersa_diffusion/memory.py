@@ -90,6 +90,11 @@ def adafactor_bytes(*shape: int) -> int:
     return (sum(shape) + 1) * FLOAT32 if len(shape) > 1 else (math.prod(shape) + 1) * FLOAT32
 
 
+def prodigy_bytes(*shape: int) -> int:
+    """State of `prodigyopt.Prodigy` for one tensor: two moments, a sum of gradients, and the start, unless that was zero."""
+    return 4 * math.prod(shape) * FLOAT32
+
+
 def sgd_bytes(*shape: int) -> int:
     """State of `torch.optim.SGD` without momentum: none."""
     return 0
@@ -99,6 +104,7 @@ OPTIMIZERS: dict[str, Callable[..., int]] = {
     "adamw": adamw_bytes,
     "adamw8bit": adamw8bit_bytes,
     "adafactor": adafactor_bytes,
+    "prodigy": prodigy_bytes,
     "sgd": sgd_bytes,
 }
 

@@ -49,15 +49,15 @@ def _kinds(plan: "MemoryPlan", markdown: bool) -> str:
         sizes = [sum(layer.memory[method].total for layer in layers) for method in ("cersa", "lora", "full")]
         marked = sum(layer.unprofitable for layer in layers)
         ratio = f"{sizes[0] / sizes[1]:.2f}"
-        rows.append([kind, str(len(layers)), *shares, str(marked), *map(_mib, sizes), ratio])
-    return _table(header, rows, markdown)
+        rows.append([kind, str(len(layers)), *shares, str(marked), *map(mib, sizes), ratio])
+    return text_table(header, rows, markdown)
 
 
 def _totals(plan: "MemoryPlan", markdown: bool) -> str:
     totals = plan.totals()
     targets, whole = totals["target_layers"], totals["whole_model"]
     rows = [
-        [title, *(_mib(getattr(use, part)) for use in targets.values()), "", ""]
+        [title, *(mib(getattr(use, part)) for use in targets.values()), "", ""]
         for part, title in PARTS.items()
         if part != "activations" or plan.activations_counted
     ]
@@ -67,15 +67,15 @@ def _totals(plan: "MemoryPlan", markdown: bool) -> str:
         "whole model": [use.total for use in whole.values()],
     }
     for title, sizes in sums.items():
-        rows.append([title, *map(_mib, sizes), *(f"{sizes[0] / other:.2f}" if other else "" for other in sizes[1:])])
+        rows.append([title, *map(mib, sizes), *(f"{sizes[0] / other:.2f}" if other else "" for other in sizes[1:])])
     header = ["", "CERSA", f"LoRA r={plan.lora_rank}", "full", "CERSA / LoRA", "CERSA / full"]
-    return _table(header, rows, markdown)
+    return text_table(header, rows, markdown)
 
 
 def _notes(plan: "MemoryPlan") -> list[str]:
     totals = plan.totals()["target_layers"]
     cersa, lora = totals["cersa"].total, totals["lora"].total
-    comparison = f"{_mib(cersa)} against {_mib(lora)} MiB on the target layers, {cersa / lora:.2f} times"
+    comparison = f"{mib(cersa)} against {mib(lora)} MiB on the target layers, {cersa / lora:.2f} times"
     if cersa > lora:
         notes = [f"CERSA costs MORE memory than LoRA here: {comparison}. A lower alpha keeps less, a lower beta trains less."]
     else:
@@ -83,7 +83,7 @@ def _notes(plan: "MemoryPlan") -> list[str]:
     if plan.memory_budget is not None:
         used, share = plan.totals()["whole_model"]["cersa"].total, statistics.fmean(layer.kept_energy for layer in plan.layers)
         notes.append(
-            f"The budget of {_mib(plan.memory_budget)} MiB chose the ranks: {_mib(used)} MiB are used, and a layer keeps "
+            f"The budget of {mib(plan.memory_budget)} MiB chose the ranks: {mib(used)} MiB are used, and a layer keeps "
             f"{share:.1%} of its energy on average (columns alpha and lowest: by kind, mean and least)."
         )
     marked = sum(layer.unprofitable for layer in plan.layers)
@@ -105,11 +105,19 @@ def _notes(plan: "MemoryPlan") -> list[str]:
     return notes
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """Bytes as MiB with two decimals."""
     return f"{size / 2**20:.2f}"
 
 
-def _table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+def text_table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    """Cells in columns, numbers to the right.
+
+    Args:
+        header: titles of the columns.
+        rows: as many cells each.
+        markdown: GitHub-flavoured Markdown instead of plain text.
+    """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         [cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(zip(row, widths, strict=True))]
@@ -152,7 +160,7 @@ def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
         f"rank at alpha = {alpha}": {layer.name: energy_rank(plan.spectra[layer.name], alpha) for layer in plan.layers}
         for alpha in PLOTTED_ALPHAS
     }
-    by = "as planned" if plan.memory_budget is None else f"in the budget of {_mib(plan.memory_budget)} MiB"
+    by = "as planned" if plan.memory_budget is None else f"in the budget of {mib(plan.memory_budget)} MiB"
     ranks[f"rank {by}"] = {layer.name: layer.kept_rank for layer in plan.layers}
     largest = max(rank for own in ranks.values() for rank in own.values())
     for axes, (title, own) in zip(panels, ranks.items(), strict=False):

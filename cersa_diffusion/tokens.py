@@ -71,14 +71,19 @@ def pipeline_tokens(pipeline, batch: int, resolution: int | None = None) -> dict
     """What the linear layers of UNet and text encoder are given in one training step, by a forward pass without data.
 
     Args:
-        pipeline: a Stable Diffusion pipeline.
+        pipeline: a Stable Diffusion or SDXL pipeline.
         batch: pictures per step, the class pictures of prior preservation among them.
         resolution: width and height of the pictures in pixels; None: what the UNet was made for.
 
     Raises:
         ConfigError: no pictures, or a resolution that the VAE cannot encode.
     """
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    # Imported here: the planner works without diffusers.
+    from cersa_diffusion.families import family_of
+
+    unet, family = pipeline.unet, family_of(type(pipeline).__name__)
+    if family is None:
+        raise ConfigError(f"a {type(pipeline).__name__} is of no family whose prompts can be encoded here")
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     resolution = unet.config.sample_size * factor if resolution is None else resolution
     if batch < 1:
@@ -90,9 +95,11 @@ def pipeline_tokens(pipeline, batch: int, resolution: int | None = None) -> dict
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             side, device = resolution // factor, pipeline.device
             # As in the trainer: the prompt is encoded once and shared by all pictures.
-            ids = torch.zeros(1, pipeline.tokenizer.model_max_length, dtype=torch.long, device=device)
-            states = text_encoder(ids)[0].repeat(batch, 1, 1)
+            embeddings = family.encode(pipeline, [""], {})
+            embeddings = {name: rows.expand(batch, *rows.shape[1:]).clone() for name, rows in embeddings.items()}
+            conditions = family.unet_arguments(embeddings, torch.zeros(batch, 6, device=device))
             latents = torch.zeros(batch, unet.config.in_channels, side, side, dtype=unet.dtype, device=device)
-            unet(latents, torch.zeros(batch, dtype=torch.long, device=device), states)
+            unet(latents, torch.zeros(batch, dtype=torch.long, device=device), **conditions)
 
-    return count_tokens({"unet": unet, "text_encoder": text_encoder}, forward)
+    components = {name: getattr(pipeline, name) for name in ("unet", *family.text_encoders)}
+    return count_tokens(components, forward)

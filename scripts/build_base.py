@@ -52,7 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     steps = parser.add_argument_group("length of the training; the defaults are what the shipped models had")
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
-        ("clip", 3200, 128),
+        ("first-clip", 3200, 128),
+        ("clip", 2600, 128),
         ("vit", 500, 128),
         ("text", 400, 64),
         ("first-diffusion", 1550, 64),
@@ -75,7 +76,7 @@ def stage_functions(arguments: argparse.Namespace) -> dict[str, Callable[[], Non
         "render": lambda: render_all(folders),
         "tokenizer": lambda: train_tokenizer(folders),
         "autoencoder": lambda: train_autoencoder(folders, arguments.autoencoder_steps),
-        "clip": lambda: train_clip(folders, arguments.clip_steps),
+        "clip": lambda: train_clip(folders, arguments.first_clip_steps, arguments.clip_steps),
         "vit": lambda: train_vit(folders, arguments.vit_steps),
         "text": lambda: warm_up_text_encoder(folders, arguments.text_steps),
         "diffusion": lambda: train_diffusion(folders, arguments.first_diffusion_steps, arguments.diffusion_steps),

@@ -18,12 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from cersa_diffusion import CersaConfig, inject_cersa
 from cersa_diffusion.comparison import generate, markdown_table, picture_grid
-from cersa_diffusion.metrics.clip_models import load_clip
+from cersa_diffusion.metrics.clip_models import TransformersClip
 from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
 from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_distance
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
-from cersa_diffusion.training.data import load_picture
 from cersa_diffusion.training.methods import load_result
+from cersa_diffusion.training.pictures import load_picture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
@@ -91,7 +91,7 @@ class Judge:
 
     subject: dict
     references: list[Image.Image]
-    clip: tuple
+    clip: TransformersClip
     autoencoder: AutoencoderKL
 
     def draw(self, pipeline: StableDiffusionPipeline) -> dict[str, list[Image.Image]]:
@@ -157,7 +157,7 @@ def compare(subject: dict, results: dict[str, dict]) -> tuple[dict[str, dict], d
     for method, label in TITLES.items():
         openers[label] = lambda method=method, label=label: load_result(method, Path(results[label]["weights_path"]), str(BASE))
     references = [load_picture(SUBJECT / entry["file"]).resize((64, 64), Image.Resampling.BOX) for entry in subject["held_back"]]
-    judge = Judge(subject, references, load_clip(CLIP), load_base(str(BASE)).vae)
+    judge = Judge(subject, references, TransformersClip(CLIP), load_base(str(BASE)).vae)
     scores, rows, base = {}, {}, None
     for label, opener in openers.items():
         print(f"drawing with {' '.join(label.split())} ...", flush=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cersa_diffusion as cersa
-from cersa_diffusion.cache import DecompositionCache, leading_factors
+from cersa_diffusion.cache import LATENTS, DecompositionCache, TensorCache, leading_factors
 from cersa_diffusion.cli import main
 
 
@@ -28,10 +28,12 @@ def test_info_of_something_else_is_one_line(tmp_path):
 def test_cache_info_and_clear(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CERSA_CACHE", str(tmp_path))
     leading_factors(torch.randn(9, 5), lambda s: 3, DecompositionCache.default())
+    TensorCache.default(LATENTS).write_tensors("ab" * 32, {"mean": torch.ones(2)})
     main(["cache", "info"])
-    assert "1 entries" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("1 entries") == 2 and f"{tmp_path / LATENTS}: 1 entries" in shown
     main(["cache", "clear"])
-    assert "0 entries" in capsys.readouterr().out and not list(tmp_path.glob("*/*.safetensors"))
+    assert "1 entries" not in capsys.readouterr().out and not list(tmp_path.rglob("*.safetensors"))
     monkeypatch.setenv("CERSA_CACHE", "off")
     main(["cache", "info"])
     assert "off" in capsys.readouterr().out

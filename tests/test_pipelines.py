@@ -18,8 +18,8 @@ from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, 
 from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
-from cersa_diffusion.training.data import picture_paths
-from cersa_diffusion.training.dreambooth import DreamBoothRun
+from cersa_diffusion.training.captions import read_examples
+from cersa_diffusion.training.run import DreamBoothRun
 
 from . import pipelines_small as small
 from .pipelines_small import cersa_modules, differ
@@ -47,9 +47,9 @@ def changed(base_path, subject_path, subject, tmp_path_factory):
     """A trained adapter on the embedded base: (file, weight changes by layer). A fresh one is zero and hides mistakes."""
     folder = tmp_path_factory.mktemp("adapter")
     config = DreamBoothConfig(
-        str(base_path),
-        str(subject_path / "instance"),
-        subject["instance_prompt"],
+        pretrained_model_name_or_path=str(base_path),
+        instance_data_dir=str(subject_path / "instance"),
+        instance_prompt=subject["instance_prompt"],
         output_dir=str(folder),
         alpha=0.9,
         resolution=64,
@@ -57,8 +57,8 @@ def changed(base_path, subject_path, subject, tmp_path_factory):
         max_train_steps=12,
         learning_rate=1e-3,
     )
-    run = DreamBoothRun(config, load_base(str(base_path)), Accelerator())
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], folder, None)
+    run = DreamBoothRun(config, load_base(str(base_path)), Accelerator(), read_examples(config))
+    run.fit(folder)
     result = run.save(folder)
     return Path(result.weights_path), weight_changes(run.components)
 

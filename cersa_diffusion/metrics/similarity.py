@@ -1,28 +1,98 @@
-"""How much pictures look like reference pictures: CLIP-I of DreamBooth (Ruiz et al. 2023), and distance in latent space."""
+"""How like pictures are: to references (CLIP-I and DINO of DreamBooth), to the base's (drift), to each other (diversity)."""
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import CLIPProcessor
 
-from cersa_diffusion.metrics.clip_models import TensorFeatures
-
-
-@torch.inference_mode()
-def embed_pictures(pictures: list[Image.Image], clip: tuple[TensorFeatures, CLIPProcessor]) -> Tensor:
-    """Unit vectors of pictures under a CLIP: (pictures, width)."""
-    model, processor = clip
-    features = model.get_image_features(processor(images=pictures, return_tensors="pt")["pixel_values"])
-    return features / features.norm(dim=-1, keepdim=True)
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.metrics.embedding import PictureEncoder
 
 
-def clip_image_similarity(
-    pictures: list[Image.Image], references: list[Image.Image], clip: tuple[TensorFeatures, CLIPProcessor]
-) -> float:
+def similarity_to_references(features: Tensor, references: Tensor) -> Tensor:
+    """Mean cosine of each picture with all references; the mean of that is CLIP-I or DINO (Ruiz et al. 2023).
+
+    Args:
+        features: unit vectors of pictures (pictures, width).
+        references: unit vectors of reference pictures (references, width).
+
+    Returns:
+        (pictures,), -1 to 1.
+    """
+    return (features @ references.T).mean(1)
+
+
+def clip_image_similarity(pictures: Sequence[Image.Image], references: Sequence[Image.Image], clip: PictureEncoder) -> float:
     """CLIP-I: mean cosine of all pairs of a picture and a reference."""
-    return float((embed_pictures(pictures, clip) @ embed_pictures(references, clip).T).mean())
+    return float(similarity_to_references(clip.embed_pictures(pictures), clip.embed_pictures(references)).mean())
+
+
+def paired_distance(features: Tensor, references: Tensor) -> float:
+    """Mean of 1 - cosine of each picture and its own reference: the drift, where the references are the base's pictures.
+
+    Args:
+        features: unit vectors (pictures, width).
+        references: as many.
+
+    Returns:
+        0 (the same) to 2.
+    """
+    return float((1 - (features * references).sum(-1)).mean())
+
+
+def diversity(features: Tensor) -> float:
+    """Mean of 1 - cosine over all pairs of pictures: how much the seeds of one prompt differ.
+
+    Args:
+        features: unit vectors of the pictures of one prompt (seeds, width), at least two.
+
+    Returns:
+        0 (all the same) to 2.
+    """
+    pairs = torch.triu_indices(len(features), len(features), offset=1)
+    return float((1 - (features @ features.T)[pairs[0], pairs[1]]).mean())
+
+
+class Lpips:
+    """LPIPS distance (Zhang et al., arXiv 1801.03924) by torchmetrics.
+
+    The calibration comes with torchmetrics, the ImageNet network from torchvision: downloaded at the first use (AlexNet 233 MB,
+    SqueezeNet 5 MB) into torch's hub folder.
+
+    Args:
+        network: "alex", "vgg" or "squeeze".
+        device: where to compute.
+
+    Raises:
+        ConfigError: the network's weights are not there and cannot be downloaded.
+    """
+
+    def __init__(self, network: str = "alex", device: str | torch.device = "cpu"):
+        # Imported here: only this class needs it, and it belongs to the extra `score`.
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        try:
+            self.metric = LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).eval().to(device)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"LPIPS: the ImageNet weights of {network!r} are not in {torch.hub.get_dir()}/checkpoints and cannot be had "
+                f"({' '.join(str(error).split())[:120]}): leave LPIPS out, the distances of the other features need no download"
+            ) from error
+
+    @torch.inference_mode()
+    def diversity(self, pictures: Sequence[Image.Image]) -> float:
+        """Mean LPIPS over all pairs of pictures.
+
+        Args:
+            pictures: RGB pictures of one size, at least two.
+        """
+        pixels = [pil_to_tensor(picture)[None].float().to(self.metric.device) / 255 for picture in pictures]
+        distances = [float(self.metric(first, second)) for first, second in itertools.combinations(pixels, 2)]
+        return sum(distances) / len(distances)
 
 
 @torch.inference_mode()
@@ -36,12 +106,20 @@ def latent_distance(pictures: list[Image.Image], references: list[Image.Image], 
         pictures: RGB pictures of one size.
         references: as many, of the same size.
         autoencoder: the base's.
+
+    Raises:
+        ConfigError: not as many references as pictures.
     """
     if len(pictures) != len(references):
-        raise ValueError(f"{len(pictures)} pictures and {len(references)} references: expected one reference per picture")
-    latents = [
-        autoencoder.encode(torch.stack([pil_to_tensor(p) for p in group]).to(autoencoder.dtype) / 127.5 - 1).latent_dist.mean
-        for group in (pictures, references)
-    ]
-    difference = autoencoder.config.scaling_factor * (latents[0] - latents[1]).float()
+        raise ConfigError(f"{len(pictures)} pictures and {len(references)} references: expected one reference per picture")
+    difference = _latents(pictures, autoencoder) - _latents(references, autoencoder)
     return float(difference.square().mean(dim=(1, 2, 3)).sqrt().mean())
+
+
+def _latents(pictures: list[Image.Image], autoencoder: AutoencoderKL, batch_size: int = 16) -> Tensor:
+    latents = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = torch.stack([pil_to_tensor(picture) for picture in pictures[start : start + batch_size]])
+        pixels = pixels.to(autoencoder.device, autoencoder.dtype) / 127.5 - 1
+        latents.append(autoencoder.encode(pixels).latent_dist.mean.float().cpu())
+    return autoencoder.config.scaling_factor * torch.cat(latents)

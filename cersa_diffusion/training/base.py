@@ -1,25 +1,48 @@
 """Loading the base pipeline, and sampling class pictures from it."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families import Family, family_of
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.data import picture_paths
+from cersa_diffusion.training.pictures import picture_paths
 
-# What the tensors of a run are called, and which layers are trained: all linear layers of the UNet, the text encoder's attention.
+# Which layers are trained: all linear layers of the UNet, the attention of the text encoders.
 TARGET_MODULES = {"unet": "all-linear", "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}
 
 
+def default_targets(component: str) -> str | list[str]:
+    """Which layers of a component are trained, unless others are asked for.
+
+    Args:
+        component: "unet", "text_encoder" or "text_encoder_2".
+    """
+    return TARGET_MODULES["unet" if component == "unet" else "text_encoder"]
+
+
 def load_base(
-    name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None
-) -> StableDiffusionPipeline:
-    """A Stable Diffusion 1.x or 2.x pipeline from a folder or the hub, without its safety checker.
+    name_or_path: str,
+    *,
+    family: Family | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> DiffusionPipeline:
+    """A text-to-image pipeline of a family that can be trained, from a folder or the hub, without its safety checker.
+
+    Args:
+        name_or_path: a folder or a model id.
+        family: the only one that is accepted; None: any.
+        dtype: of all its models.
+        revision: on the hub.
+        variant: of the weight files.
 
     Raises:
         ConfigError: no such folder or model, or not a text-to-image pipeline of this family.
@@ -32,17 +55,15 @@ def load_base(
     try:
         # Silences the reminder about the safety checker, and the loader's traceback where the error below says it in a line.
         diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            safety_checker=None,
-            requires_safety_checker=False,
+        found = _found_family(name_or_path, family, revision)
+        pipeline = found.pipeline_class.from_pretrained(
+            name_or_path, dtype=dtype, revision=revision, variant=variant, **found.loading
         )
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"base {name_or_path}: cannot be loaded as a Stable Diffusion pipeline ({reason})") from error
+        raise ConfigError(f"base {name_or_path}: cannot be loaded as a text-to-image pipeline ({reason})") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -53,14 +74,31 @@ def load_base(
     return pipeline
 
 
-def sample_class_pictures(pipeline: StableDiffusionPipeline, config: DreamBoothConfig) -> None:
-    """Fills the class folder up to `num_class_images` with lossless pictures by the base model; picture i has its own seed."""
+def _found_family(name_or_path: str, wanted: Family | None, revision: str | None) -> Family:
+    class_name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
+    found = family_of(class_name)
+    if found is None:
+        raise ConfigError(f"base {name_or_path}: a {class_name}, expected Stable Diffusion 1.x or 2.x, or SDXL, text to image")
+    if wanted not in (None, found):
+        raise ConfigError(f"base {name_or_path}: a {class_name}, which scripts/{found.script} trains")
+    return found
+
+
+def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> None:
+    """Fills the class folder up to `num_class_images` with lossless pictures by the base model; picture i has its own seed.
+
+    Args:
+        pipeline: the base.
+        config: the settings.
+    """
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = len(picture_paths(folder, "class_data_dir")) if any(folder.iterdir()) else 0
     missing = range(present, config.num_class_images)
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(missing), desc="class pictures", unit="picture", disable=not missing) as bar:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.prior_generation_precision)
+    precision = torch.autocast(pipeline.device.type, dtype) if dtype else contextlib.nullcontext()
+    with tqdm(total=len(missing), desc="class pictures", unit="picture", disable=not missing) as bar, precision:
         for start in range(0, len(missing), config.sample_batch_size):
             numbers = missing[start : start + config.sample_batch_size]
             generators = [torch.Generator().manual_seed(config.seed * 100_003 + number) for number in numbers]

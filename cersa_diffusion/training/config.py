@@ -1,25 +1,23 @@
 """The settings of a DreamBooth run: names and meaning of the diffusers examples, as a dataclass that becomes the command line."""
 
 import json
-import os
+import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import ClassVar, Literal
 
 from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.config import CersaConfig
-from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
+from cersa_diffusion.training.config_checks import check_config
 
-LORA_METHODS = ("lora", "pissa", "dora")
-# Options that not all methods read, with those that do.
-READ_BY = dict.fromkeys(("alpha", "beta", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
-    "rank": LORA_METHODS,
-    "svfit_rank": ("svfit",),
-    "sparse_pattern": ("svft", "cersa"),
-    "off_diagonals": ("svft", "cersa"),
-}
+DEFAULT_STEPS = 500
+# What may differ between a run and its continuation.
+FREE_ON_RESUME = {"resume_from_checkpoint", "output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps",
+                  "checkpoints_total_limit", "validation_prompt", "num_validation_images", "validation_steps", "report_to",
+                  "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "sample_batch_size",
+                  "cache_to_disk", "allow_tf32"}  # fmt: skip
 
 
 def _option(default, text: str):
@@ -39,9 +37,26 @@ class DreamBoothConfig:
         ConfigError: settings that contradict each other or cannot work; found before anything is loaded or written.
     """
 
+    family: ClassVar[Family] = STABLE_DIFFUSION
+
     pretrained_model_name_or_path: str = field(metadata={"help": "Base pipeline: a local folder or a model id on the hub."})
-    instance_data_dir: str = field(metadata={"help": "Folder with the pictures of the subject."})
-    instance_prompt: str = field(metadata={"help": "Prompt that names the subject, e.g. 'a photo of sks dog'."})
+    instance_prompt: str = field(
+        metadata={
+            "help": "Prompt that names the subject, e.g. 'a photo of sks dog', for pictures without their own caption."
+        }
+    )
+    instance_data_dir: str | None = _option(
+        None,
+        "Folder with the pictures of the subject. A text file of a picture's name, or metadata.jsonl (file_name and "
+        "caption_column), holds its own caption.",
+    )
+    dataset_name: str | None = _option(
+        None, "Instead of instance_data_dir: a data set for `datasets.load_dataset`, a hub id or a local folder."
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of the data set.")
+    image_column: str = _option("image", "Column of the data set with the pictures.")
+    caption_column: str = _option("text", "Column of the data set, or key in metadata.jsonl, with the captions.")
+    repeats: int = _option(1, "How often each picture comes in an epoch; matters to num_train_epochs only.")
     method: Literal["cersa", "lora", "pissa", "dora", "svfit", "svft", "full"] = _option(
         "cersa", "What is trained, always on the same linear layers."
     )
@@ -80,13 +95,27 @@ class DreamBoothConfig:
     output_dir: str = _option("cersa-dreambooth-model", "Folder for the result and the checkpoints.")
     seed: int = _option(0, "Seed of everything random: same seed, same machine, same result.")
     resolution: int = _option(512, "Pictures are resized to this many pixels on the shorter side and cropped square.")
+    aspect_ratio_buckets: bool = _option(
+        False, "Keep the pictures' shapes instead of cropping them square: sizes near resolution x resolution in pixels."
+    )
+    bucket_step: int = _option(64, "Sides of the buckets are multiples of this many pixels.")
+    cache_latents: bool = _option(
+        False, "Encode every picture once, before training; a random crop is then drawn once for each picture."
+    )
+    pre_compute_text_embeddings: bool = _option(
+        False, "Encode every prompt once, before training, and put the text encoder away; it must not be trained."
+    )
+    cache_to_disk: bool = _option(False, "Keep cached latents and text embeddings in the cache folder, for later runs.")
     center_crop: bool = _option(False, "Crop the centre instead of a random square.")
     random_flip: bool = _option(False, "Mirror pictures at random.")
     train_text_encoder: bool = _option(
         True, "Also train the attention of the text encoder, as the paper does (the diffusers examples leave it frozen)."
     )
     train_batch_size: int = _option(4, "Pictures per step and process.")
-    max_train_steps: int = _option(500, "Optimizer steps.")
+    num_train_epochs: int | None = _option(None, "Length of the training in epochs, where max_train_steps does not say it.")
+    max_train_steps: int | None = _option(
+        None, f"Length of the training in optimizer steps. Default: num_train_epochs, or {DEFAULT_STEPS} steps."
+    )
     gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass: less memory, slower.")
     learning_rate: float = _option(
@@ -95,12 +124,28 @@ class DreamBoothConfig:
     text_encoder_lr: float | None = _option(
         None, "Learning rate of the text encoder. Default: learning_rate; a tenth of it forgets fewer other prompts."
     )
-    lr_scheduler: str = _option("constant", "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup.")
+    scale_lr: bool = _option(
+        False, "Multiply the learning rates by the pictures of a step (batch size, accumulated batches, processes)."
+    )
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = _option(
+        "constant", "Course of the learning rate."
+    )
     lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
-    adam_beta1: float = _option(0.9, "AdamW beta1.")
-    adam_beta2: float = _option(0.999, "AdamW beta2.")
-    adam_weight_decay: float = _option(1e-2, "AdamW weight decay; for CERSA it pulls towards the base, not towards zero.")
-    adam_epsilon: float = _option(1e-8, "AdamW epsilon.")
+    lr_num_cycles: int = _option(1, "Restarts of cosine_with_restarts.")
+    lr_power: float = _option(1.0, "Power of polynomial.")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = _option(
+        "adamw",
+        "adamw8bit takes the package bitsandbytes, prodigy the package prodigyopt (it finds its own rate: learning_rate 1).",
+    )
+    use_8bit_adam: bool = _option(False, "The same as --optimizer adamw8bit.")
+    adam_beta1: float = _option(0.9, "AdamW, Prodigy: beta1.")
+    adam_beta2: float = _option(0.999, "AdamW, Prodigy: beta2.")
+    adam_weight_decay: float = _option(
+        1e-2, "Weight decay of every optimizer; for CERSA it pulls towards the base, not towards zero."
+    )
+    adam_epsilon: float = _option(1e-8, "AdamW, Prodigy: epsilon.")
+    use_ema: bool = _option(False, "Save the moving average of the trained weights, and draw the previews with it.")
+    ema_decay: float = _option(0.999, "Decay of the moving average (it starts lower).")
     snr_gamma: float | None = _option(
         None, "Weight samples by min-SNR with this gamma (arXiv 2303.09556 recommends 5), class pictures too. Default: all alike."
     )
@@ -109,80 +154,37 @@ class DreamBoothConfig:
     )
     max_grad_norm: float = _option(1.0, "Gradient clipping.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: what `accelerate launch` was given.")
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] = _option("fp32", "Precision of sampling class pictures.")
+    allow_tf32: bool = _option(False, "Allow TF32 matrix products on Ampere and later cards: faster, less exact.")
     checkpointing_steps: int = _option(500, "A checkpoint to resume from every so many steps.")
     checkpoints_total_limit: int | None = _option(None, "Keep only this many newest checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "'latest' or the path of a checkpoint folder.")
-    validation_prompt: str | None = _option(None, "Pictures of this prompt are made with the saved result at the end.")
-    num_validation_images: int = _option(4, "Validation pictures.")
+    validation_prompt: str | None = _option(
+        None, "Pictures of this prompt, always from the same seeds: before the first step, on the way, and by the saved result."
+    )
+    num_validation_images: int = _option(4, "Pictures of each preview.")
+    validation_steps: int = _option(100, "A preview every so many steps.")
+    report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
+        None, "Also log loss, learning rates and previews there (needs that package)."
+    )
+    logging_dir: str = _option("logs", "Folder of the logs, below output_dir.")
+    push_to_hub: bool = _option(False, "Upload the result, its card and the previews to the hub at the end.")
+    hub_token: str | None = _option(None, "Token for the upload. Default: that of `hf auth login`.")
+    hub_model_id: str | None = _option(None, "Repository to upload to. Default: the name of output_dir.")
     dataloader_num_workers: int = _option(0, "Processes that load pictures.")
 
     def __post_init__(self):
-        if self.memory_budget is not None and self.method != "cersa":
-            raise ConfigError(f"memory_budget chooses what CERSA keeps: method {self.method!r} takes the memory it takes")
-        for name in ("instance_prompt", "output_dir"):
-            if not getattr(self, name).strip():
-                raise ConfigError(f"{name} is empty")
-        for name in ("rank", "svfit_rank", "num_class_images", "sample_batch_size", "resolution", "train_batch_size",
-                     "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
-                     "num_validation_images"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "text_encoder_lr", "snr_gamma"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ConfigError("checkpoints_total_limit must be at least 1, or left out to keep all")
-        if self.noise_offset < 0:
-            raise ConfigError(f"noise_offset is {self.noise_offset}, expected 0 or more")
-        self._method_config("all-linear")
-        self._check_targets()
-        self._check_prior()
-        self._warn_of_ignored()
-
-    def _check_prior(self):
-        if not self.with_prior_preservation:
-            if self.class_data_dir or self.class_prompt:
-                raise ConfigError("class_data_dir and class_prompt need --with_prior_preservation")
-            return
-        if not self.class_data_dir or not self.class_prompt:
-            raise ConfigError("with_prior_preservation needs both class_data_dir and class_prompt")
-        if os.path.realpath(self.class_data_dir) == os.path.realpath(self.instance_data_dir):
-            raise ConfigError(f"class_data_dir and instance_data_dir are the same folder ({self.instance_data_dir})")
-
-    def _check_targets(self):
-        for name in ("unet_target_modules", "text_encoder_target_modules"):
-            targets = getattr(self, name)
-            if targets is None:
-                continue
-            if not targets or isinstance(targets, str):
-                raise ConfigError(
-                    f"{name} is {targets!r}, expected a list of name endings, ['all-linear'] or one regular expression"
-                )
-            try:
-                re.compile(targets[0] if len(targets) == 1 else "")
-            except re.error as error:
-                raise ConfigError(f"{name}: {targets[0]!r} is no regular expression ({error})") from error
-
-    def _warn_of_ignored(self):
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        ignored = [name for name in changed if self.method not in READ_BY.get(name, (self.method,))]
-        if ignored:
-            warnings.warn(f"method {self.method!r} ignores {', '.join(ignored)}", stacklevel=4)
-        sparse = [name for name in changed if name in ("sparse_pattern", "off_diagonals")]
-        if sparse and self.method == "cersa" and self.core != "sparse":
-            warnings.warn(f"without core='sparse', {', '.join(sparse)} is ignored", stacklevel=4)
-        frozen = [name for name in changed if name in ("text_encoder_lr", "text_encoder_target_modules")]
-        if frozen and not self.train_text_encoder:
-            warnings.warn(f"without train_text_encoder, {', '.join(frozen)} is ignored", stacklevel=4)
+        check_config(self)
 
     def cersa_config(self, target_modules: str | list[str]) -> CersaConfig:
         """The CERSA settings that the method (cersa, svfit or svft) comes to, for one set of layers."""
         with warnings.catch_warnings():
             # Said once, when the settings of the run were checked.
             warnings.simplefilter("ignore")
-            return self._method_config(target_modules)
+            return self.method_config(target_modules)
 
-    def _method_config(self, target_modules: str | list[str]) -> CersaConfig:
+    def method_config(self, target_modules: str | list[str]) -> CersaConfig:
+        """The same, with a warning for every setting that is ignored."""
         sparse = {"sparse_pattern": self.sparse_pattern, "off_diagonals": self.off_diagonals}
         if self.method == "svfit":
             return svfit_config(self.svfit_rank, target_modules=target_modules)
@@ -203,22 +205,62 @@ class DreamBoothConfig:
         """Which layers of a component were asked for, as `match_targets` takes it; None for the default.
 
         Args:
-            component: "unet" or "text_encoder".
+            component: "unet", "text_encoder" or "text_encoder_2".
         """
-        chosen = {"unet": self.unet_target_modules, "text_encoder": self.text_encoder_target_modules}[component]
+        chosen = self.unet_target_modules if component == "unet" else self.text_encoder_target_modules
         if chosen is None:
             return None
         # One plain name is an ending, as it is among several; anything else that is alone is a pattern for whole names.
         pattern = len(chosen) == 1 and (chosen[0] == "all-linear" or not re.fullmatch(r"[\w.]+", chosen[0]))
         return chosen[0] if pattern else chosen
 
-    def same_run(self, other: dict) -> list[str]:
-        """Names of the settings that decide the result and differ from a saved configuration."""
-        may_change = {"resume_from_checkpoint", "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-                      "validation_prompt", "num_validation_images", "dataloader_num_workers", "sample_batch_size"}  # fmt: skip
-        own = json.loads(json.dumps(asdict(self)))
-        return sorted(name for name in own if name not in may_change and own[name] != other.get(name, own[name]))
+    def total_steps(self, pictures: int, processes: int) -> int:
+        """Optimizer steps of the whole training.
 
-    def write(self, path: Path) -> None:
-        """Writes the settings as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        Args:
+            pictures: of the subject.
+            processes: that train together.
+        """
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        if self.num_train_epochs is None:
+            return DEFAULT_STEPS
+        return self.num_train_epochs * math.ceil(pictures * self.repeats / self.samples_per_step(processes))
+
+    def samples_per_step(self, processes: int) -> int:
+        """Pictures of the subject that an optimizer step sees.
+
+        Args:
+            processes: that train together.
+        """
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+    def rate(self, component: str, processes: int) -> float:
+        """Learning rate of a component.
+
+        Args:
+            component: "unet", "text_encoder", ...
+            processes: that train together; matters to `scale_lr`.
+        """
+        own = self.text_encoder_lr if component.startswith("text_encoder") else None
+        return (self.learning_rate if own is None else own) * (self.samples_per_step(processes) if self.scale_lr else 1)
+
+    def same_run(self, other: dict) -> list[str]:
+        """Names of the settings that decide the result and differ from saved ones."""
+        own = json.loads(json.dumps(asdict(self)))
+        # What a file does not say had its default.
+        saved = {f.name: f.default for f in fields(self) if f.default is not MISSING} | other
+        return sorted(name for name in own if name not in FREE_ON_RESUME and own[name] != saved.get(name))
+
+
+@dataclass
+class DreamBoothXLConfig(DreamBoothConfig):
+    """One DreamBooth run on SDXL; its text encoders are trained and addressed together.
+
+    Raises:
+        ConfigError: as `DreamBoothConfig`.
+    """
+
+    family: ClassVar[Family] = STABLE_DIFFUSION_XL
+
+    resolution: int = _option(1024, "Pictures are resized to this many pixels on the shorter side and cropped square.")

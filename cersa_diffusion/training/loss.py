@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.data import sample_generator
+from cersa_diffusion.training.data import NOISE, sample_generator
 
 
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
@@ -34,13 +34,23 @@ class DreamBoothLoss:
 
     Args:
         config: the settings.
-        base: the pipeline that is trained: it encodes pictures and prompts and says how noise is added.
+        base: the pipeline that is trained: it encodes pictures and prompts and says how noise is added. Where batches hold
+            latents its VAE is not needed, where embeddings are given its text encoders are not.
         device: where its models are.
+        embeddings: prompt -> what its family's `encode` gives for it alone, for every prompt of the run; without them prompts are
+            encoded for every batch.
     """
 
-    def __init__(self, config: DreamBoothConfig, base: StableDiffusionPipeline, device: torch.device):
-        self.config, self.device = config, device
-        self.vae, self.tokenizer, self.unet, self.text_encoder = base.vae, base.tokenizer, base.unet, base.text_encoder
+    def __init__(
+        self,
+        config: DreamBoothConfig,
+        base: DiffusionPipeline,
+        device: torch.device,
+        embeddings: Mapping[str, dict[str, Tensor]] | None = None,
+    ):
+        self.config, self.device, self.embeddings = config, device, embeddings
+        self.base, self.unet, self.family = base, base.unet, config.family
+        self.latent_scale = base.vae.config.scaling_factor
         self.noise_scheduler = DDPMScheduler.from_config(base.scheduler.config)
 
     def __call__(self, batch: dict, models: Mapping[str, nn.Module]) -> Tensor:
@@ -53,37 +63,30 @@ class DreamBoothLoss:
         Returns:
             () float32.
         """
-        config = self.config
-        prompts = [config.instance_prompt, *([config.class_prompt] if config.with_prior_preservation else [])]
-        losses, timesteps = self.squared_errors(batch["pixels"], batch["samples"].tolist(), prompts, models)
-        if config.snr_gamma is not None:
-            losses = losses * min_snr_weights(self.noise_scheduler, timesteps, config.snr_gamma)
-        subject, *prior = losses.chunk(len(prompts))
-        return subject.mean() + sum(config.prior_loss_weight * part.mean() for part in prior)
+        losses, timesteps = self.squared_errors(batch, models)
+        if self.config.snr_gamma is not None:
+            losses = losses * min_snr_weights(self.noise_scheduler, timesteps, self.config.snr_gamma)
+        subject, *prior = losses.split(len(batch["samples"]))
+        return subject.mean() + sum(self.config.prior_loss_weight * part.mean() for part in prior)
 
-    def squared_errors(
-        self, pixels: Tensor, samples: Sequence[int], prompts: Sequence[str], models: Mapping[str, nn.Module]
-    ) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the prediction for every picture.
+    def squared_errors(self, batch: dict, models: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the prediction for every picture of a batch.
 
         Args:
-            pixels: (p b, 3, h, w) in [-1, 1]: b pictures of the first prompt, then b of the second, if there is one.
-            samples: their b numbers, which with the seed decide noise and timestep.
-            prompts: p of them.
+            batch: of `data.collate`; with the seed the numbers of its samples decide noise and timestep.
             models: the components that are trained, by name; the others are the pipeline's.
 
         Returns:
             (p b,) float32 errors and (p b,) timesteps.
         """
-        streams = range(1, len(prompts) + 1)
-        generators = [sample_generator(self.config.seed, sample, stream) for stream in streams for sample in samples]
-        latents = self._encode_pictures(pixels.to(self.device), generators)
+        samples, prompts = batch["samples"].tolist(), batch["prompts"]
+        groups = range(len(prompts) // len(samples))
+        generators = [sample_generator(self.config.seed, sample, NOISE + group) for group in groups for sample in samples]
+        latents = self._latents(batch, generators)
         noise, timesteps = self._noise(latents, generators)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        states = self._encode_prompts(models.get("text_encoder", self.text_encoder), prompts, "text_encoder" in models)
-        states = states.repeat_interleave(len(samples), dim=0)
         unet = models.get("unet", self.unet)
-        prediction = unet(noisy.to(self.unet.dtype), timesteps, states.to(self.unet.dtype), return_dict=False)[0].float()
+        prediction = unet(noisy.to(self.unet.dtype), timesteps, return_dict=False, **self._conditioning(batch, models))[0].float()
         if self.noise_scheduler.config.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         else:
@@ -100,22 +103,32 @@ class DreamBoothLoss:
         return noise.to(latents), timesteps.to(latents.device)
 
     @torch.no_grad()
-    def _encode_pictures(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean + posterior.std * _draw(posterior.mean.shape[1:], generators).to(posterior.mean)
-        return (latents * self.vae.config.scaling_factor).float()
+    def _latents(self, batch: dict, generators: list[torch.Generator]) -> Tensor:
+        if "pixels" in batch:
+            vae = self.base.vae
+            posterior = vae.encode(batch["pixels"].to(self.device, vae.dtype)).latent_dist
+            mean, std = posterior.mean, posterior.std
+        else:
+            mean, std = batch["latent_mean"].to(self.device), batch["latent_std"].to(self.device)
+        latents = mean + std * _draw(mean.shape[1:], generators).to(mean)
+        return (latents * self.latent_scale).float()
 
-    def _encode_prompts(self, text_encoder: nn.Module, prompts: Sequence[str], trained: bool) -> Tensor:
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        # Each prompt is encoded once and shared by its pictures: the same gradients as encoding it for every picture.
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return text_encoder(tokens.input_ids.to(self.device), return_dict=False)[0]
+    def _conditioning(self, batch: dict, models: Mapping[str, nn.Module]) -> dict:
+        """The UNet's keyword arguments: each prompt is encoded once and shared by its pictures, with the same gradients."""
+        unique = list(dict.fromkeys(batch["prompts"]))
+        if self.embeddings is None:
+            trained = any(name in models for name in self.family.text_encoders)
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                encoded = self.family.encode(self.base, unique, models)
+        else:
+            found = [self.embeddings[prompt] for prompt in unique]
+            encoded = {name: torch.cat([each[name] for each in found]).to(self.device) for name in found[0]}
+        numbers = [unique.index(prompt) for prompt in batch["prompts"]]
+        # Rows are stacked, not indexed: the gradients of a prompt that several pictures share then add up in the same order in
+        # every run.
+        rows = {name: tensor.unbind() for name, tensor in encoded.items()}
+        shared = {name: torch.stack([each[number] for number in numbers]).to(self.unet.dtype) for name, each in rows.items()}
+        return self.family.unet_arguments(shared, batch["sizes"])
 
 
 def _draw(shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:

@@ -4,43 +4,39 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
 from torch import Tensor, nn
 
 from cersa_diffusion.adapter import save_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
 from cersa_diffusion.config import CersaConfig, LayerRanks
-from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.inject import InjectionReport, inject_cersa, match_targets
+from cersa_diffusion.inject import InjectionReport
+from cersa_diffusion.methods import LORA_FAMILY, Adaptation, CersaAdaptation, FullAdaptation, LoraAdaptation
 from cersa_diffusion.pipelines import load_cersa_weights
 from cersa_diffusion.planner import choose_ranks
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.training.base import default_targets, load_base
 from cersa_diffusion.training.config import DreamBoothConfig
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
-BASE_LINE = 'pipe = StableDiffusionPipeline.from_pretrained("{base}")'
+BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}")'
 
 
 class Method(ABC):
     """One way to fine-tune the target layers of the components."""
 
-    # The lines of Python that open the result, with {base} and {path}.
+    # The lines of Python that open the result, with {pipeline}, {base} and {path}.
     opening: str
-
-    # Whether the frozen weights may be kept in 16 bit under mixed precision.
-    frozen_in_compute_dtype = True
 
     def __init__(self, config: DreamBoothConfig):
         self.config = config
+        self.adaptations: dict[str, Adaptation] = {}
 
     def targets(self, component: str) -> str | list[str]:
         """Which layers of a component are trained, as `match_targets` takes it."""
-        return self.config.target_modules(component) or TARGET_MODULES[component]
+        return self.config.target_modules(component) or default_targets(component)
 
     # Most methods take every model on its own.
     def plan(self, components: dict[str, nn.Module], dtype: torch.dtype) -> None:  # noqa: B027
@@ -52,8 +48,13 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def adaptation(self, component: str) -> Adaptation:
+        """What this method does to a component."""
+
     def prepare(self, component: str, model: nn.Module) -> str:
         """Changes a model so that just this method's parameters are trained; returns a line that says what was done."""
+        self.adaptations[component] = self.adaptation(component)
+        return self.adaptations[component].prepare(model)
 
     @abstractmethod
     def save(self, components: dict[str, nn.Module], output_dir: Path, facts: dict) -> Path:
@@ -76,11 +77,9 @@ class Method(ABC):
             options: of `load_base`.
         """
 
-    def cast_frozen(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Moves the frozen weights to the compute dtype, the trained ones stay float32."""
-        if self.frozen_in_compute_dtype:
-            model.to(dtype=dtype)
-            cast_training_params(model, dtype=torch.float32)
+    def cast_frozen(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:
+        """Moves the frozen weights of a prepared component to the compute dtype, the trained ones stay float32."""
+        self.adaptations[component].cast_frozen(model, dtype)
 
 
 class CersaMethod(Method):
@@ -91,7 +90,11 @@ class CersaMethod(Method):
     def __init__(self, config: DreamBoothConfig):
         super().__init__(config)
         self.ranks: dict[str, dict[str, LayerRanks | None]] = {}
-        self.reports: dict[str, InjectionReport] = {}
+
+    @property
+    def reports(self) -> dict[str, InjectionReport]:
+        """What the injection did, by component."""
+        return {name: adaptation.report for name, adaptation in self.adaptations.items()}
 
     def _cersa_config(self, component: str) -> CersaConfig:
         return self.config.cersa_config(self.targets(component))
@@ -101,10 +104,8 @@ class CersaMethod(Method):
             configs = {name: self._cersa_config(name) for name in components}
             self.ranks = choose_ranks(components, configs, weight_dtype=dtype)
 
-    def prepare(self, component: str, model: nn.Module) -> str:
-        report = inject_cersa(model, self._cersa_config(component), ranks=self.ranks.get(component))
-        self.reports[component] = report
-        return str(report)
+    def adaptation(self, component: str) -> CersaAdaptation:
+        return CersaAdaptation(self._cersa_config(component), self.ranks.get(component))
 
     def save(self, components: dict[str, nn.Module], output_dir: Path, facts: dict) -> Path:
         path = output_dir / DEFAULT_FILE_NAME
@@ -127,36 +128,30 @@ class CersaMethod(Method):
 class LoraMethod(Method):
     """LoRA by the peft library, saved so that the stock loader of diffusers drops nothing."""
 
-    label, settings = "LoRA", {}
     opening = BASE_LINE + '\npipe.load_lora_weights("{path}")'
 
-    def prepare(self, component: str, model: nn.Module) -> str:
-        rank, layers = self.config.rank, match_targets(model, self.targets(component))
-        self._check_layers(layers)
-        # Whole names, so that these very layers are trained and no convolution of the same ending; without the prefix of the
-        # text encoder's names, which not all transformers versions have (peft takes them as endings).
-        names = [name.removeprefix("text_model.") for name in layers]
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names, **self.settings))
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return f"{len(layers)} layers with {self.label} of rank {rank}: {trained / 1e6:.2f} M trained"
-
-    # Only PiSSA takes its rank from the weight.
-    def _check_layers(self, layers: dict[str, nn.Linear]) -> None:
-        """Refuses layers that the method cannot be applied to."""
+    def adaptation(self, component: str) -> LoraAdaptation:
+        return LORA_FAMILY[self.config.method](self.targets(component), self.config.rank)
 
     def save(self, components: dict[str, nn.Module], output_dir: Path, facts: dict) -> Path:
         # Keys in PEFT's own format and with its metadata: in diffusers' key format the loader silently drops every
         # attention layer once LoRA also sits on other linear layers, and a lora_alpha other than the rank is lost.
         layers = {f"{name}_lora_layers": self._weights(name, model) for name, model in components.items()}
-        StableDiffusionPipeline.save_lora_weights(output_dir, weight_name=LORA_FILE_NAME, **layers, **self._metadata(components))
+        self.config.family.pipeline_class.save_lora_weights(
+            output_dir, weight_name=LORA_FILE_NAME, **layers, **self._metadata(components)
+        )
         return output_dir / LORA_FILE_NAME
 
     def _weights(self, component: str, model: nn.Module) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(model)
+        return self.adaptations[component].weights(model)
 
     def _metadata(self, components: dict[str, nn.Module]) -> dict[str, dict]:
-        return _collate_lora_metadata(components)
+        metadata = _collate_lora_metadata(components)
+        # Its keys are those of the components with an ending.
+        return {
+            key: settings | self.adaptations[key.removesuffix("_lora_adapter_metadata")].saved_settings()
+            for key, settings in metadata.items()
+        }
 
     @classmethod
     def open(cls, weights_path: Path, base: str, **options) -> DiffusionPipeline:
@@ -166,71 +161,23 @@ class LoraMethod(Method):
 
 
 class DoraMethod(LoraMethod):
-    """DoRA (Liu et al., arXiv 2402.09353): LoRA on the direction of the weight, its magnitude trained beside it."""
-
-    label, settings = "DoRA", {"use_dora": True}
+    """DoRA: its magnitudes need other names in pipelines."""
 
     def _weights(self, component: str, model: nn.Module) -> dict[str, Tensor]:
         # PEFT leaves ".weight" off these names; transformers' loader of adapters, which text encoders go through, then finds no
         # place for them and goes on with magnitudes of the base. With it both loaders put them in their place.
         ending = "lora_magnitude_vector"
-        weights = get_peft_model_state_dict(model)
+        weights = super()._weights(component, model)
         return {f"{name}.weight" if name.endswith(ending) else name: tensor for name, tensor in weights.items()}
-
-
-class PissaMethod(LoraMethod):
-    """PiSSA (Meng et al., arXiv 2404.02948): A and B start as the leading components, the base keeps the rest.
-
-    The base that is trained on is not the one others have, so what is saved is the change, as a LoRA of twice the rank:
-    ``B A - B0 A0 = [B, -B0] [A; A0]``.
-    """
-
-    label, settings = "PiSSA", {"init_lora_weights": "pissa"}
-
-    def __init__(self, config: DreamBoothConfig):
-        super().__init__(config)
-        self.initial: dict[str, dict[str, Tensor]] = {}
-
-    def _check_layers(self, layers: dict[str, nn.Linear]) -> None:
-        name, smallest = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda item: item[1])
-        if smallest < self.config.rank:
-            raise ConfigError(
-                f"rank is {self.config.rank}, but layer {name} has only {smallest} components for PiSSA to start from: "
-                f"lower it to {smallest} or leave this layer out of the target modules"
-            )
-
-    def prepare(self, component: str, model: nn.Module) -> str:
-        description = super().prepare(component, model)
-        self.initial[component] = {
-            name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()
-        }
-        return description
-
-    def _weights(self, component: str, model: nn.Module) -> dict[str, Tensor]:
-        weights = {}
-        for name, trained in get_peft_model_state_dict(model).items():
-            initial = self.initial[component][name].to(trained)
-            weights[name] = torch.cat([trained, initial]) if "lora_A" in name else torch.cat([trained, -initial], dim=1)
-        return weights
-
-    def _metadata(self, components: dict[str, nn.Module]) -> dict[str, dict]:
-        plain = {"r": 2 * self.config.rank, "lora_alpha": 2 * self.config.rank, "init_lora_weights": True}
-        return {name: settings | plain for name, settings in super()._metadata(components).items()}
 
 
 class FullMethod(Method):
     """The same layers dense; saved as a whole pipeline, as diffusers' train_dreambooth.py does."""
 
-    frozen_in_compute_dtype = False
-    opening = 'pipe = StableDiffusionPipeline.from_pretrained("{path}")'
+    opening = 'pipe = {pipeline}.from_pretrained("{path}")'
 
-    def prepare(self, component: str, model: nn.Module) -> str:
-        layers = match_targets(model, self.targets(component))
-        model.requires_grad_(False)
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        trained = sum(layer.weight.numel() for layer in layers.values())
-        return f"{len(layers)} layers, dense weights: {trained / 1e6:.2f} M trained"
+    def adaptation(self, component: str) -> FullAdaptation:
+        return FullAdaptation(self.targets(component))
 
     def save(self, components: dict[str, nn.Module], output_dir: Path, facts: dict) -> Path:
         config = self.config
@@ -251,7 +198,7 @@ METHODS: dict[str, type[Method]] = {
     "svfit": CersaMethod,
     "svft": CersaMethod,
     "lora": LoraMethod,
-    "pissa": PissaMethod,
+    "pissa": LoraMethod,
     "dora": DoraMethod,
     "full": FullMethod,
 }

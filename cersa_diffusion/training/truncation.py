@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from cersa_diffusion.inject import InjectionReport
+from cersa_diffusion.training.captions import Example
 from cersa_diffusion.training.data import DreamBoothDataset, collate
 from cersa_diffusion.training.loss import DreamBoothLoss
 
@@ -56,30 +56,18 @@ class TruncationCost:
 
 @torch.no_grad()
 def probe_loss(
-    loss: DreamBoothLoss, instance_paths: list[Path], models: Mapping[str, nn.Module], autocast: AbstractContextManager
+    loss: DreamBoothLoss, instance: list[Example], models: Mapping[str, nn.Module], autocast: AbstractContextManager
 ) -> float:
     """Mean squared error on the first `PROBE_SAMPLES` samples of a run, as the training will draw them.
 
     Args:
         loss: of the run.
-        instance_paths: pictures of the subject.
+        instance: pictures of the subject.
         models: the components by name, of the base or injected.
         autocast: the precision of the training.
     """
-    config = loss.config
-    dataset = DreamBoothDataset(
-        instance_paths,
-        [],
-        resolution=config.resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        seed=config.seed,
-        first=0,
-        last=PROBE_SAMPLES,
-    )
+    size = loss.config.train_batch_size
+    dataset = DreamBoothDataset(instance, [], loss.config, first=0, last=PROBE_SAMPLES, samples_per_step=size)
     with autocast:
-        errors = [
-            loss.squared_errors(batch["pixels"], batch["samples"].tolist(), [config.instance_prompt], models)[0]
-            for batch in DataLoader(dataset, batch_size=config.train_batch_size, collate_fn=collate)
-        ]
+        errors = [loss.squared_errors(batch, models)[0] for batch in DataLoader(dataset, batch_size=size, collate_fn=collate)]
     return float(torch.cat(errors).mean())

@@ -106,15 +106,21 @@ class CaptionTable:
         self.ids = ids.view(len(pictures.names), len(COLOURS), len(TEMPLATES), CONTEXT_LENGTH)
         self.empty = encode(tokenizer, [""])[0]
 
-    def draw(self, picture: torch.Tensor, colour: torch.Tensor, empty_rate: float = 0.0) -> torch.Tensor:
+    def draw(
+        self, picture: torch.Tensor, colour: torch.Tensor, empty_rate: float = 0.0, any_look_rate: float = 0.0
+    ) -> torch.Tensor:
         """A random caption for each picture, `[count, length]`.
 
         Args:
             picture: Indices of the pictures.
             colour: Indices of the backgrounds.
             empty_rate: How often the caption is empty instead.
+            any_look_rate: How often the caption is one of the templates that say no look, whatever was drawn before.
         """
         template = torch.randint(len(TEMPLATES), picture.shape)
+        any_look = torch.tensor([i for i, text in enumerate(TEMPLATES) if "{look}" not in text])
+        other = any_look[torch.randint(len(any_look), picture.shape)]
+        template = torch.where(torch.rand(picture.shape) < any_look_rate, other, template)
         ids = self.ids[picture, colour, template].long()
         ids[torch.rand(picture.shape) < empty_rate] = self.empty
         return ids

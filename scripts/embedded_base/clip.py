@@ -1,7 +1,13 @@
-"""Stage "clip": a small CLIP that scores pictures; it shares no weights with the base."""
+"""Stage "clip": a small CLIP that scores pictures; it shares no weights with the base.
+
+It learns in two courses: the names of the vocabulary, then every name there is. What more names teach is which shapes make a
+name whatever the look, and that is what a picture in a look never seen with its name is recognised by.
+"""
 
 import json
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -11,9 +17,9 @@ from .captions import CaptionTable
 from .clip_scores import accuracies, held_back_cats, normalised
 from .diffusion import training_pictures
 from .disturbance import disturbed
-from .names import all_emoji
+from .names import all_emoji, is_held_back
 from .pictures import Compositor
-from .render import Pictures
+from .render import Pictures, load_pictures
 from .settings import COLOURS, CONTEXT_LENGTH, PICTURE_SIZE, STYLES, Folders
 from .tokenizer import load_tokenizer
 from .training import Stage, make_optimizer
@@ -21,6 +27,7 @@ from .training import Stage, make_optimizer
 WIDTH = 192
 PATCH_SIZE = 8
 UNPAIRED = 100
+ANY_LOOK_RATE = 0.35
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -79,64 +86,122 @@ def draw_batch(styles: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     return picture, colour[: len(picture)]
 
 
-def split_pairs(pictures: Pictures) -> tuple[Pictures, Pictures]:
-    """Pictures to learn, and pictures of names that are learned in the other styles only.
+def unpaired_pictures(pictures: Pictures) -> set[tuple[str, str]]:
+    """Name and style of pictures that no course shows; their names are learned in the other styles only.
 
     A hundred names, evenly spaced among those that have every style, miss one style each; the four styles take turns.
 
     Args:
-        pictures: All pictures.
+        pictures: The pictures of the vocabulary.
     """
     complete = sorted(name for name, count in Counter(pictures.names).items() if count == len(STYLES))
     chosen = [complete[number * len(complete) // UNPAIRED] for number in range(min(UNPAIRED, len(complete)))]
-    pairs = {(name, STYLES[number % len(STYLES)]) for number, name in enumerate(chosen)}
-    kept_out = [pair in pairs for pair in zip(pictures.names, pictures.styles, strict=True)]
-    indices = range(len(kept_out))
-    return pictures.subset([i for i in indices if not kept_out[i]]), pictures.subset([i for i in indices if kept_out[i]])
+    return {(name, STYLES[number % len(STYLES)]) for number, name in enumerate(chosen)}
 
 
-def train_clip(folders: Folders, steps: int, batch_size: int = 128) -> None:
-    """Train CLIP on the base's pictures and write it, unless it is there.
+def without(pictures: Pictures, pairs: set[tuple[str, str]]) -> tuple[Pictures, Pictures]:
+    """The other pictures, and those of the pairs.
+
+    Args:
+        pictures: Pictures.
+        pairs: Names and styles.
+    """
+    chosen = [pair in pairs for pair in zip(pictures.names, pictures.styles, strict=True)]
+    indices = range(len(chosen))
+    return pictures.subset([i for i in indices if not chosen[i]]), pictures.subset([i for i in indices if chosen[i]])
+
+
+def every_picture(folders: Folders) -> Pictures:
+    """The pictures of all names without the subjects of personalisation.
 
     Args:
         folders: Where the build works.
+    """
+    pictures = load_pictures(folders)
+    pairs = enumerate(zip(pictures.names, pictures.styles, strict=True))
+    return pictures.subset([i for i, (name, style) in pairs if not is_held_back(name, style)])
+
+
+@dataclass(frozen=True)
+class Course:
+    """One of the two courses.
+
+    Args:
+        folder: Work folder.
+        pictures: What is learned.
         steps: Steps in all.
+        batch_size: Pairs a step.
+        any_look_rate: How often a caption says no look, beyond the templates' own share.
+    """
+
+    folder: Path
+    pictures: Pictures
+    steps: int
+    batch_size: int
+    any_look_rate: float
+
+    def run(self, clip: CLIPModel, captions: CaptionTable) -> dict[str, float]:
+        """Train a model in place; returns the figures of the training.
+
+        Args:
+            clip: The model.
+            captions: Of the pictures.
+        """
+        clip.set_attn_implementation("eager")  # on a CPU three fifths faster in training than the fused kernel, at these sizes
+        optimizer, schedule = make_optimizer([(clip, 1e-3)], self.steps, weight_decay=0.05)
+        parts = {"clip": clip, "optimizer": optimizer, "schedule": schedule}
+        stage = Stage(self.folder, self.steps, self.batch_size, parts)
+        compositor = Compositor(self.pictures)
+        styles = torch.tensor([STYLES.index(style) for style in self.pictures.styles])
+
+        def train_step(_: int) -> torch.Tensor:
+            picture, colour = draw_batch(styles, self.batch_size)
+            images = normalised(disturbed(compositor(picture, colour)))
+            loss = contrastive_loss(clip, images, captions.draw(picture, colour, any_look_rate=self.any_look_rate))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=4.6)
+            return loss.detach()
+
+        stage.run(train_step)
+        clip.eval()
+        clip.save_pretrained(self.folder / "model")
+        return stage.report()
+
+
+def train_clip(folders: Folders, first_steps: int, steps: int, batch_size: int = 128) -> None:
+    """Train CLIP on the base's pictures, then on those of all names, and write it, unless it is there.
+
+    Args:
+        folders: Where the build works.
+        first_steps: Steps of the first course.
+        steps: Steps of the second.
         batch_size: Pairs a step.
     """
     torch.manual_seed(3)
     folder = folders.stage("clip")
     if (folder / "report.json").exists():
         return
-    tokenizer = load_tokenizer(folders)
-    pictures, unpaired = split_pairs(training_pictures(folders))
-    compositor, captions = Compositor(pictures), CaptionTable(pictures, all_emoji(folders), tokenizer)
-    clip = build_clip(tokenizer)
-    clip.set_attn_implementation("eager")  # on a CPU three fifths faster in training than the fused kernel, at these sizes
-    optimizer, schedule = make_optimizer([(clip, 1e-3)], steps, weight_decay=0.05)
-    stage = Stage(folder, steps, batch_size, {"clip": clip, "optimizer": optimizer, "schedule": schedule})
-
-    styles = torch.tensor([STYLES.index(style) for style in pictures.styles])
-
-    def train_step(_: int) -> torch.Tensor:
-        picture, colour = draw_batch(styles, batch_size)
-        images = normalised(disturbed(compositor(picture, colour)))
-        loss = contrastive_loss(clip, images, captions.draw(picture, colour))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=4.6)
-        return loss.detach()
-
-    stage.run(train_step)
-    clip.eval()
-    report = stage.report()
-    report |= accuracies(clip, tokenizer, pictures, "shown")
-    report |= accuracies(clip, tokenizer, held_back_cats(folders), "held_back_cats")
-    report |= accuracies(clip, tokenizer, unpaired, "unpaired")
-    clip.save_pretrained(folder / "model")
+    tokenizer, emoji = load_tokenizer(folders), all_emoji(folders)
+    vocabulary = training_pictures(folders)
+    pairs = unpaired_pictures(vocabulary)
+    first = Course(folders.stage("first-clip"), without(vocabulary, pairs)[0], first_steps, batch_size, any_look_rate=0.0)
+    second = Course(folder, without(every_picture(folders), pairs)[0], steps, batch_size, any_look_rate=ANY_LOOK_RATE)
+    if not (first.folder / "model").exists():
+        first.run(build_clip(tokenizer), CaptionTable(first.pictures, emoji, tokenizer))
+    clip = CLIPModel.from_pretrained(first.folder / "model", dtype=torch.float32).train()
+    report = second.run(clip, CaptionTable(second.pictures, emoji, tokenizer))
+    report["first_samples"] = first_steps * batch_size
+    for pictures, prefix in (
+        (first.pictures, "shown"),
+        (held_back_cats(folders), "held_back_cats"),
+        (without(vocabulary, pairs)[1], "unpaired"),
+    ):
+        report |= accuracies(clip, tokenizer, pictures, prefix)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     print(report)
 

@@ -65,7 +65,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on(base_path, subjec
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "config.json").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "config.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(3)
     os.kill(process.pid, signal.SIGINT)

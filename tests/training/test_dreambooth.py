@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from cersa_diffusion import CersaError, CersaLinear, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.base import load_base
+from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.checkpoints import list_checkpoints
-from cersa_diffusion.training.data import picture_paths
-from cersa_diffusion.training.dreambooth import DreamBoothRun
+from cersa_diffusion.training.pictures import picture_paths
+from cersa_diffusion.training.run import DreamBoothRun
 
 # The right rate differs by method; ranks are LoRA's alone.
 OPTIONS = {"cersa": {"learning_rate": 1e-3}, "lora": {"learning_rate": 1e-3, "rank": 8}, "full": {"learning_rate": 3e-4}}
@@ -52,8 +53,8 @@ def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_pa
     config = DreamBoothConfig(**settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
     untouched = load_base(config.pretrained_model_name_or_path)
-    run = DreamBoothRun(config, base, Accelerator())
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run = DreamBoothRun(config, base, Accelerator(), read_examples(config))
+    run.fit(tmp_path)
     result = run.save(tmp_path)
     opened = load_result(method, Path(result.weights_path), config.pretrained_model_name_or_path)
 
@@ -69,8 +70,10 @@ def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_pa
 @pytest.mark.parametrize(("precision", "budget", "limit"), [("no", "60MB", 60e6), ("bf16", "32MB", 32e6)])
 def test_components_share_the_memory_budget(settings, precision, budget, limit, tmp_path):
     config = DreamBoothConfig(**settings | {"memory_budget": budget, "max_train_steps": 1})
-    run = DreamBoothRun(config, load_base(config.pretrained_model_name_or_path), Accelerator(mixed_precision=precision))
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run = DreamBoothRun(
+        config, load_base(config.pretrained_model_name_or_path), Accelerator(mixed_precision=precision), read_examples(config)
+    )
+    run.fit(tmp_path)
     models = list(run.components.values())
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     states = [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
@@ -83,7 +86,7 @@ def test_components_share_the_memory_budget(settings, precision, budget, limit, 
 def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_path):
     config = DreamBoothConfig(**settings)
     base = load_base(config.pretrained_model_name_or_path)
-    run = DreamBoothRun(config, base, Accelerator())
+    run = DreamBoothRun(config, base, Accelerator(), read_examples(config))
     names = {n for model in run.components.values() for n, p in model.named_parameters() if p.requires_grad}
     assert names and all(name.endswith(".cores.default.D") for name in names)
     frozen = {
@@ -92,7 +95,7 @@ def test_only_cores_are_trained_and_frozen_factors_do_not_move(settings, tmp_pat
         for name, tensor in (*getattr(base, part).named_buffers(), *getattr(base, part).named_parameters())
         if not tensor.requires_grad
     }
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run.fit(tmp_path)
     for key, before in frozen.items():
         part, _, name = key.partition(".")
         now = dict((*getattr(base, part).named_buffers(), *getattr(base, part).named_parameters()))[name]
@@ -144,7 +147,7 @@ def test_another_run_in_the_folder_is_not_overwritten(settings):
         train_dreambooth(DreamBoothConfig(**settings))
     with pytest.raises(ConfigError, match="other settings of rank"):
         train_dreambooth(DreamBoothConfig(**settings | {"rank": 8, "max_train_steps": 4}, resume_from_checkpoint="latest"))
-    with pytest.raises(ConfigError, match="raise it to train longer"):
+    with pytest.raises(ConfigError, match="raise max_train_steps"):
         train_dreambooth(DreamBoothConfig(**settings, resume_from_checkpoint="latest"))
     assert Path(result.weights_path).read_bytes() == before
 
@@ -179,9 +182,9 @@ def test_prior_preservation_fills_the_class_folder_and_reuses_it(settings, tmp_p
 def test_bf16_keeps_cores_and_optimizer_in_float32(settings, tmp_path):
     config = DreamBoothConfig(**settings, mixed_precision="bf16")
     base = load_base(config.pretrained_model_name_or_path)
-    run = DreamBoothRun(config, base, Accelerator(mixed_precision="bf16"))
+    run = DreamBoothRun(config, base, Accelerator(mixed_precision="bf16"), read_examples(config))
     layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert layer.U.dtype == torch.bfloat16 and layer.s.dtype == layer.cores["default"].D.dtype == torch.float32
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run.fit(tmp_path)
     moments = [t for state in run.optimizer.state.values() for t in state.values() if t.ndim == 2]
     assert moments and all(moment.dtype == torch.float32 for moment in moments)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from cersa_diffusion import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.data import picture_paths
-from cersa_diffusion.training.dreambooth import DreamBoothRun
+from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.methods import METHODS
+from cersa_diffusion.training.run import DreamBoothRun
 
 # With these rates four steps change the output by some percent.
 OPTIONS = {
@@ -49,8 +49,8 @@ def test_result_opens_to_the_trained_model(method, limit, small_settings, tmp_pa
     """The stock loaders for the LoRA family and full fine-tuning, ours for cores (stored in 16 bit)."""
     config = DreamBoothConfig(**small_settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
-    run = DreamBoothRun(config, base, Accelerator())
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run = DreamBoothRun(config, base, Accelerator(), read_examples(config))
+    run.fit(tmp_path)
     result = run.save(tmp_path)
     opened = load_result(method, Path(result.weights_path), config.pretrained_model_name_or_path)
     assert max(distances(opened, base)) <= limit
@@ -90,7 +90,7 @@ def test_all_methods_train_the_layers_that_were_asked_for(targets, expected, sma
     wanted |= {f"text_encoder.encoder.layers.{number}.mlp.fc1" for number in range(2)}
     for method in METHODS:
         config = DreamBoothConfig(**small_settings, method=method, **OPTIONS[method] | own)
-        run = DreamBoothRun(config, load_base(path), Accelerator())
+        run = DreamBoothRun(config, load_base(path), Accelerator(), read_examples(config))
         trained = {
             f"{component}.{name}"
             for component, model in run.components.items()
@@ -105,7 +105,7 @@ def test_all_methods_train_the_layers_that_were_asked_for(targets, expected, sma
 def test_untrained_model_is_the_base(method, small_settings):
     config = DreamBoothConfig(**small_settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
-    DreamBoothRun(config, base, Accelerator())
+    DreamBoothRun(config, base, Accelerator(), read_examples(config))
     assert max(distances(base, load_base(config.pretrained_model_name_or_path))) < 1e-5
 
 
@@ -114,28 +114,30 @@ def test_pissa_refuses_a_rank_that_a_layer_does_not_have(small_settings):
     base = load_base(config.pretrained_model_name_or_path)
     before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     with pytest.raises(ConfigError, match=r"rank is 17, but layer .* has only 16 components"):
-        DreamBoothRun(config, base, Accelerator())
+        DreamBoothRun(config, base, Accelerator(), read_examples(config))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["cersa", "pissa", "dora", "svfit", "svft"])
 def test_trains_in_bf16_with_float32_parameters(method, small_settings, tmp_path):
     config = DreamBoothConfig(**small_settings, method=method, mixed_precision="bf16", **OPTIONS[method])
-    run = DreamBoothRun(config, load_base(config.pretrained_model_name_or_path), Accelerator(mixed_precision="bf16"))
-    run.fit(picture_paths(config.instance_data_dir, "instance_data_dir"), [], tmp_path, None)
+    run = DreamBoothRun(
+        config, load_base(config.pretrained_model_name_or_path), Accelerator(mixed_precision="bf16"), read_examples(config)
+    )
+    run.fit(tmp_path)
     parameters = [p for model in run.components.values() for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in parameters)
-    assert next(p for p in run.unet.parameters() if not p.requires_grad).dtype == torch.bfloat16
+    assert next(p for p in run.base.unet.parameters() if not p.requires_grad).dtype == torch.bfloat16
 
 
 def test_truncation_is_priced_before_the_first_step(small_settings):
     path = small_settings["pretrained_model_name_or_path"]
     base = load_base(path)
     config = DreamBoothConfig(**small_settings, alpha=0.8)
-    paths = picture_paths(config.instance_data_dir, "instance_data_dir")
+    examples = read_examples(config)
     weights = {name: module.weight.detach() for name, module in base.unet.named_modules() if type(module) is torch.nn.Linear}
-    run = DreamBoothRun(config, base, Accelerator(), probe_paths=paths)
-    errors = {f"unet.{name}": _error(run.unet.get_submodule(name).effective_weight(), w) for name, w in weights.items()}
+    run = DreamBoothRun(config, base, Accelerator(), examples)
+    errors = {f"unet.{name}": _error(run.base.unet.get_submodule(name).effective_weight(), w) for name, w in weights.items()}
     cost = run.truncation
     assert cost.worst_weight_error >= max(errors.values()) - 1e-4
     if cost.worst_layer in errors:
@@ -143,7 +145,7 @@ def test_truncation_is_priced_before_the_first_step(small_settings):
     assert 0 < cost.mean_weight_error < cost.worst_weight_error <= (1 - 0.8) ** 0.5 + 1e-6
     assert str(cost) in run.description and cost.base_loss != cost.truncated_loss
 
-    whole = DreamBoothRun(DreamBoothConfig(**small_settings, alpha=1.0), load_base(path), Accelerator(), probe_paths=paths)
+    whole = DreamBoothRun(DreamBoothConfig(**small_settings, alpha=1.0), load_base(path), Accelerator(), examples)
     assert whole.truncation.worst_weight_error < 1e-6
     assert whole.truncation.truncated_loss == pytest.approx(whole.truncation.base_loss, rel=1e-4)
 

@@ -1,0 +1,44 @@
+"""The metrics of GLUE, from a model's outputs and the labels."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the examples whose class is found, in [0, 1].
+
+    Args:
+        outputs: (examples, classes) logits.
+        labels: (examples,) numbers of the classes.
+    """
+    return float(accuracy_score(labels, outputs.argmax(axis=-1)))
+
+
+def matthews(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews' correlation of the classes found with the right ones, in [-1, 1]; 0 where all examples get one class.
+
+    Args:
+        outputs: (examples, classes) logits.
+        labels: (examples,) numbers of the classes.
+    """
+    return float(matthews_corrcoef(labels, outputs.argmax(axis=-1)))
+
+
+def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation, in [-1, 1]; 0 where all predictions or all labels are the same, or there is only one example.
+
+    Args:
+        outputs: (examples,) or (examples, 1) predictions.
+        labels: (examples,) numbers.
+    """
+    predictions = np.asarray(outputs, dtype=np.float64).reshape(-1)
+    labels = np.asarray(labels, dtype=np.float64)
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(pearsonr(predictions, labels).statistic)
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"accuracy": accuracy, "matthews": matthews, "pearson": pearson}

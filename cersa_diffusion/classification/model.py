@@ -1,0 +1,190 @@
+"""The pre-trained model with a classifier on top, and making a method's parameters the trained ones."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils import logging
+
+from cersa_diffusion.classification.settings import ClassifierSettings
+from cersa_diffusion.classification.targets import check_outside_head, target_pattern
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.methods import Adaptation
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is classified: which class of transformers reads the model, and which one prepares its inputs."""
+
+    model: type
+    processor: type
+
+
+KINDS = {
+    "image": Kind(AutoModelForImageClassification, AutoImageProcessor),
+    "text": Kind(AutoModelForSequenceClassification, AutoTokenizer),
+}
+
+
+@dataclass
+class Classifier:
+    """A model in training.
+
+    Attributes:
+        kind: key of `KINDS`.
+        model: the model, changed by the method.
+        processor: its image processor or tokenizer.
+        head: names of the modules that every method trains: the classifier, and what the checkpoint has no weights for.
+        settings: what is trained.
+        adaptation: the method.
+        description: what the method did.
+    """
+
+    kind: str
+    model: PreTrainedModel
+    processor: object
+    head: list[str]
+    settings: ClassifierSettings
+    adaptation: Adaptation
+    description: str
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The weights of the head by their names in the model, in CPU memory."""
+        state = {name: tensor for module in self.head for name, tensor in _tensors(self.model, module).items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Moves the frozen weights to the compute dtype, the trained ones stay float32."""
+        self.adaptation.cast_frozen(self.model, dtype)
+
+
+def _tensors(model: nn.Module, module: str) -> dict[str, Tensor]:
+    return {f"{module}.{name}": tensor for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items()}
+
+
+def load_processor(kind: str, settings: ClassifierSettings):
+    """The image processor or tokenizer of the pre-trained model.
+
+    Raises:
+        ConfigError: no such folder or model, or none for this kind of input.
+    """
+    path = settings.model_name_or_path
+    if not os.path.isdir(path) and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ConfigError(f"model {path}: no such folder, and not the form of a hub id (owner/name)")
+    try:
+        return KINDS[kind].processor.from_pretrained(path, revision=settings.revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {path}: no {kind} processor can be loaded ({_reason(error)})") from error
+
+
+def load_config(settings: ClassifierSettings, label_names: list[str] | None) -> PreTrainedConfig:
+    """The configuration of the model for these classes, with the dropouts of the settings.
+
+    Raises:
+        ConfigError: it cannot be loaded, or the architecture has no such dropout.
+    """
+    path = settings.model_name_or_path
+    labels = {"num_labels": 1, "problem_type": "regression"}
+    if label_names is not None:
+        labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    try:
+        config = AutoConfig.from_pretrained(path, revision=settings.revision, **labels)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {path}: its configuration cannot be loaded ({_reason(error)})") from error
+    names = {"attention_dropout": ("attention_probs_dropout_prob",), "classifier_dropout": ("cls_dropout", "classifier_dropout")}
+    for option, candidates in names.items():
+        value = getattr(settings, option)
+        own = next((name for name in candidates if hasattr(config, name)), None)
+        if value is not None and own is None:
+            raise ConfigError(f"{option}: a {config.model_type!r} model has none: leave it out")
+        if value is not None:
+            setattr(config, own, value)
+    return config
+
+
+def load_base(
+    kind: str, name_or_path: str, config: PreTrainedConfig, *, revision: str | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The pre-trained model with a classifier for the classes of the configuration.
+
+    Returns:
+        The model, and the names of the modules of its head.
+
+    Raises:
+        ConfigError: no such folder or model, or the architecture has no classifier for this kind of input.
+    """
+    verbosity = logging.get_verbosity()
+    try:
+        # Silences the report of weights that are new: a classifier always is.
+        logging.set_verbosity_error()
+        model, loading = KINDS[kind].model.from_pretrained(
+            name_or_path,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name_or_path}: cannot be loaded as a classifier ({_reason(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    own = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]
+    new = {name.rpartition(".")[0] for name in loading["missing_keys"]}
+    # Pre-training saves no pooler for some models: it starts at random, like the classifier it belongs to.
+    poolers = sorted(name for name in new if "pooler" in name.split(".") and name.split(".")[0] not in own)
+    lacking = sorted(name for name in new if name.split(".")[0] not in own and name not in poolers)
+    if lacking:
+        some = ", ".join(lacking[:3])
+        raise ConfigError(f"model {name_or_path}: the checkpoint has no weights for {len(lacking)} modules, e.g. {some}")
+    return model, [*own, *poolers]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def load_for_training(kind: str, settings: ClassifierSettings, processor, config: PreTrainedConfig, seed: int) -> Classifier:
+    """Loads the model and applies the method; what is drawn at random depends on the seed alone.
+
+    Args:
+        kind: key of `KINDS`.
+        settings: the model and the method.
+        processor: what `load_processor` returned.
+        config: what `load_config` returned.
+        seed: of the new classifier, and of what the method draws.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or the method not be applied to the target layers.
+    """
+    set_seed(seed)
+    path = settings.model_name_or_path
+    model, head = load_base(kind, path, config, revision=settings.revision, dtype=torch.float32)
+    everything = settings.method == "full" and settings.target_modules is None
+    targets = None if everything else target_pattern(config.model_type, settings.target_modules)
+    if targets is not None:
+        check_outside_head(model, targets, head)
+    # Again: how much the head drew differs by architecture, and no method's start should depend on it.
+    set_seed(seed)
+    adaptation = settings.adaptation(targets)
+    description = adaptation.prepare(model)
+    for module in head:
+        for tensor in _tensors(model, module).values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+    return Classifier(kind, model, processor, head, settings, adaptation, description)

@@ -1,0 +1,158 @@
+"""The settings of a classification run, as dataclasses that become the command line."""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from cersa_diffusion.classification.tasks import GLUE_TASKS
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.methods import MethodSettings
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class ClassifierSettings(MethodSettings):
+    """What is trained, and from which model.
+
+    Raises:
+        ConfigError: a value out of range, or settings that contradict each other.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Pre-trained model: a local folder or a model id on the hub."})
+    revision: str | None = _option(None, "Revision of the model on the hub.")
+    target_modules: list[str] | None = _option(
+        None,
+        "Layers to train beside the classifier: QV, QKV (the default), QKVP or all (Table 2 of the paper), name endings, or one "
+        "regular expression for whole names. Full fine-tuning trains every parameter unless this is given.",
+    )
+    classifier_learning_rate: float | None = _option(None, "Learning rate of the classifier. Default: learning_rate.")
+    attention_dropout: float | None = _option(None, "Dropout of the attention weights. Default: the model's own.")
+    classifier_dropout: float | None = _option(None, "Dropout in front of the classifier. Default: the model's own.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model_name_or_path.strip():
+            raise ConfigError("model_name_or_path is empty")
+        if self.classifier_learning_rate is not None and self.classifier_learning_rate <= 0:
+            raise ConfigError(f"classifier_learning_rate is {self.classifier_learning_rate}, expected more than 0")
+        for name in ("attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name} is {value}, expected a share in [0, 1)")
+        if self.target_modules is not None:
+            self._check_targets()
+
+    def _check_targets(self):
+        targets = self.target_modules
+        if not targets or isinstance(targets, str):
+            raise ConfigError(
+                f"target_modules is {targets!r}, expected a list: one of QV, QKV, QKVP, all, name endings, or one regular "
+                "expression"
+            )
+        try:
+            re.compile(targets[0] if len(targets) == 1 else "")
+        except re.error as error:
+            raise ConfigError(f"target_modules: {targets[0]!r} is no regular expression ({error})") from error
+
+
+@dataclass(kw_only=True)
+class SplitSettings:
+    """What pictures and sentences have in common: where the examples come from.
+
+    Raises:
+        ConfigError: no source, or two.
+    """
+
+    dataset_name: str | None = _option(None, "A data set for `datasets.load_dataset`: a hub id or a local folder.")
+    dataset_config_name: str | None = _option(None, "Configuration of the data set.")
+    train_split: str = _option("train", "Split of the data set to train on.")
+    validation_split: str | None = _option(None, "Split to evaluate on. Default: validation, or else test.")
+    validation_fraction: float | None = _option(
+        None, "Without examples to evaluate on: hold this share of the training examples back, drawn by the seed."
+    )
+    label_column: str = _option("label", "Column with the labels: numbers, or names of the classes.")
+
+    def _check_sources(self, sources: dict[str, object]) -> None:
+        given = [name for name, value in sources.items() if value]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ConfigError(f"data: expected one of {', '.join(sources)}, found {found}")
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"validation_fraction is {self.validation_fraction}, expected a share in (0, 1)")
+
+
+@dataclass(kw_only=True)
+class ImageData(SplitSettings):
+    """The pictures of a run."""
+
+    train_dir: str | None = _option(None, "Folder with a sub-folder of pictures for every class.")
+    validation_dir: str | None = _option(None, "The same for the pictures to evaluate on.")
+    image_column: str = _option("image", "Column of the data set with the pictures.")
+    random_resized_crop: bool = _option(False, "Train on random parts of the pictures (at least half of the area).")
+    random_flip: bool = _option(False, "Mirror pictures at random.")
+
+    def __post_init__(self):
+        self._check_sources({"dataset_name": self.dataset_name, "train_dir": self.train_dir})
+        if self.validation_dir and not self.train_dir:
+            raise ConfigError("validation_dir needs train_dir: a data set has a validation_split instead")
+
+    @property
+    def name(self) -> str:
+        """What tables call these data."""
+        return self.dataset_name or self.train_dir
+
+
+@dataclass(kw_only=True)
+class TextData(SplitSettings):
+    """The sentences of a run, of a GLUE task or of one's own."""
+
+    task_name: str | None = _option(
+        None, f"GLUE task, which decides columns and metric: {', '.join(GLUE_TASKS)}. Without files it is fetched from the hub."
+    )
+    train_file: str | None = _option(None, "CSV, TSV, JSON or JSON-lines file with the examples to train on.")
+    validation_file: list[str] | None = _option(None, "The same to evaluate on; of several files each is reported on its own.")
+    text_column: str | None = _option(None, "Column with the sentences. Default: the task's, or 'text'.")
+    text_pair_column: str | None = _option(None, "Column with second sentences. Default: the task's, or none.")
+    max_length: int | None = _option(
+        None, "Longer inputs are cut to this many tokens. Default: what the model takes, at most 512."
+    )
+    regression: bool = _option(False, "The labels are numbers to predict (as in STS-B), not classes.")
+
+    def __post_init__(self):
+        if self.task_name is not None and self.task_name not in GLUE_TASKS:
+            raise ConfigError(f"task_name is {self.task_name!r}, expected one of the GLUE tasks {', '.join(GLUE_TASKS)}")
+        if self.task_name and not self.dataset_name and not self.train_file:
+            self.dataset_name, self.dataset_config_name = "nyu-mll/glue", self.task_name
+        self._check_sources({"dataset_name": self.dataset_name, "train_file": self.train_file})
+        if self.validation_file and not self.train_file:
+            raise ConfigError("validation_file needs train_file: a data set has a validation_split instead")
+        if self.max_length is not None and self.max_length < 4:
+            raise ConfigError(f"max_length is {self.max_length}, expected at least 4 tokens")
+
+    @property
+    def name(self) -> str:
+        """What tables call these data."""
+        return self.task_name or self.dataset_name or self.train_file
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments with the paper's settings as defaults: batch 32, AdamW, linear with a warm-up of .08."""
+
+    output_dir: str = _option("cersa-classifier", "Folder for the result and the checkpoints.")
+    per_device_train_batch_size: int = _option(32, "Examples per step and process.")
+    per_device_eval_batch_size: int = _option(64, "Examples per batch of an evaluation.")
+    learning_rate: float = _option(2e-4, "Learning rate of all but the classifier; the right one differs by method.")
+    warmup_steps: float = _option(0.08, "Warm-up: a number of steps, or below 1 a share of them.")
+    logging_steps: float = _option(50, "Report the loss every so many steps.")
+    report_to: str = _option("none", "Also log there: tensorboard, wandb, ...")
+    dataloader_pin_memory: bool = _option(torch.cuda.is_available(), "Keep batches in memory that a GPU reads faster.")
+    # Columns are chosen, and pictures decoded, here.
+    remove_unused_columns: bool = _option(False, "Leave as it is.")
+    # Frozen bases are buffers: they are the same in all processes and need not be sent at every step.
+    ddp_broadcast_buffers: bool | None = _option(False, "Send buffers from the first process at every step.")

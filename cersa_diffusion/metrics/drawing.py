@@ -1,0 +1,78 @@
+"""Pictures to score: a pipeline with adapters draws prompts with given seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from cersa_diffusion.comparison import generate
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.metrics.embedding import scoring_device
+from cersa_diffusion.metrics.evaluation import Sample
+from cersa_diffusion.training.base import load_base
+from cersa_diffusion.training.methods import LORA_FILE_NAME
+
+
+def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str | torch.device | None = None) -> DiffusionPipeline:
+    """A pipeline with adapters, all of them active, on the device that draws.
+
+    Args:
+        name_or_path: a folder or hub id, as `load_base` takes it.
+        adapters: CERSA adapters (a file, a folder or a hub id) or LoRA files (or folders with pytorch_lora_weights.safetensors).
+        device: the GPU where there is one when left out.
+
+    Raises:
+        CersaError: the pipeline or an adapter cannot be loaded.
+    """
+    pipeline, loras = load_base(name_or_path), []
+    for number, adapter in enumerate(adapters):
+        lora = _lora_file(Path(adapter))
+        if lora is None:
+            pipeline.load_cersa_weights(adapter)
+            continue
+        loras.append(f"lora_{number}")
+        try:
+            pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=loras[-1])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"{lora}: diffusers cannot load this LoRA ({' '.join(str(error).split())[:200]})") from error
+    if loras:
+        # Loading one more LoRA takes the active ones out.
+        pipeline.set_adapters(loras)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(scoring_device(device))
+
+
+def _lora_file(path: Path) -> Path | None:
+    """The LoRA file that this path is or holds; None for everything else, which is left to the loader of CERSA adapters."""
+    if path.is_dir():
+        path = path / LORA_FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return path if any("lora" in name for name in file.keys()) else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def draw(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], **settings) -> list[Sample]:
+    """Draws every prompt with every seed.
+
+    Args:
+        pipeline: of `open_pipeline`.
+        prompts: the prompts.
+        seeds: the seeds.
+        settings: steps, guidance, batch_size, as `generate` takes them.
+
+    Returns:
+        Samples named by the prompt's number and the seed, prompt by prompt.
+    """
+    pictures = generate(pipeline, prompts, seeds, show_progress=True, **settings)
+    return [
+        Sample(f"{number:03d}-seed{seed}.png", prompt, picture, seed)
+        for number, (prompt, row) in enumerate(zip(prompts, pictures, strict=True))
+        for seed, picture in zip(seeds, row, strict=True)
+    ]

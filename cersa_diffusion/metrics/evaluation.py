@@ -1,0 +1,207 @@
+"""All scores of a set of pictures in one go, and the files and the table they are written to."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from cersa_diffusion.comparison import markdown_table
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.metrics.clip_models import ClipModel
+from cersa_diffusion.metrics.clipscore import BACKENDS, PERCENT
+from cersa_diffusion.metrics.embedding import PictureEncoder
+from cersa_diffusion.metrics.encoders import VisionEncoder
+from cersa_diffusion.metrics.similarity import Lpips, diversity, latent_distance, paired_distance, similarity_to_references
+
+# Figures are rounded where they are written: the last bits depend on the number of threads.
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture to score.
+
+    Args:
+        name: file name.
+        prompt: what it is scored against.
+        picture: RGB.
+        seed: what it was drawn with, where that is known.
+    """
+
+    name: str
+    prompt: str
+    picture: Image.Image
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Pictures of prompts without the subject, by the tuned model and by the untouched base, with the same seeds.
+
+    Args:
+        pictures: of the tuned model.
+        base: of the base, in the same order.
+        autoencoder: the base's; adds the distance of latents.
+    """
+
+    pictures: Sequence[Image.Image]
+    base: Sequence[Image.Image]
+    autoencoder: AutoencoderKL | None = None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The models that score.
+
+    Args:
+        clips: backend (a key of `BACKENDS`) -> its model, at least one; picture features are those of the first.
+        vision: a vision transformer for DINO or its like.
+        lpips: adds LPIPS to the diversity.
+        weight: factor of CLIPScore.
+        batch_size: pictures at once.
+    """
+
+    clips: Mapping[str, ClipModel]
+    vision: VisionEncoder | None = None
+    lpips: Lpips | None = None
+    weight: float = PERCENT
+    batch_size: int = 32
+
+    @classmethod
+    def load(
+        cls,
+        clip: str,
+        backends: Sequence[str],
+        *,
+        vision: str | None = None,
+        lpips: str | None = None,
+        device: str | torch.device | None = None,
+        **settings,
+    ) -> "Scorer":
+        """Loads the models.
+
+        Args:
+            clip: name or path, as the backends take it.
+            backends: keys of `BACKENDS`.
+            vision: name or path of a vision transformer; None: do without.
+            lpips: network of LPIPS; None: do without.
+            device: where to compute; the GPU where there is one when left out.
+            settings: weight, batch_size.
+
+        Raises:
+            ConfigError: an unknown backend, or a model that cannot be loaded.
+        """
+        unknown = [backend for backend in backends if backend not in BACKENDS]
+        if unknown or not backends:
+            raise ConfigError(f"CLIPScore backends {list(backends)}: expected some of {', '.join(BACKENDS)}")
+        clips = {backend: BACKENDS[backend][0](clip, device) for backend in backends}
+        return cls(
+            clips,
+            VisionEncoder(vision, device) if vision else None,
+            Lpips(lpips, next(iter(clips.values())).device) if lpips else None,
+            **settings,
+        )
+
+    def evaluate(
+        self, samples: Sequence[Sample], references: Sequence[Image.Image] = (), drift: Drift | None = None
+    ) -> "Evaluation":
+        """Scores pictures.
+
+        Args:
+            samples: the pictures with their prompts; those that share a prompt are compared for the diversity.
+            references: pictures of the subject, for CLIP-I and DINO.
+            drift: pictures of prompts without the subject.
+
+        Raises:
+            ConfigError: no pictures.
+        """
+        pictures, prompts = [sample.picture for sample in samples], [sample.prompt for sample in samples]
+        groups = [group for group in _groups(prompts) if len(group) > 1]
+        columns = {
+            f"clipscore_{backend}": BACKENDS[backend][1](pictures, prompts, clip, weight=self.weight, batch_size=self.batch_size)
+            for backend, clip in self.clips.items()
+        }
+        means = {}
+        for encoder in self._encoders():
+            key, features = encoder.label.lower().replace(" ", "_"), encoder.embed_pictures(pictures, self.batch_size)
+            if references:
+                similarities = similarity_to_references(features, encoder.embed_pictures(references, self.batch_size))
+                columns["clip_i" if encoder.label == "CLIP" else key] = similarities.tolist()
+            if groups:
+                means[f"diversity_{key}"] = _mean([diversity(features[group]) for group in groups])
+            if drift:
+                drawn, base = (encoder.embed_pictures(side, self.batch_size) for side in (drift.pictures, drift.base))
+                means[f"drift_{key}"] = paired_distance(drawn, base)
+        if groups and self.lpips:
+            means["diversity_lpips"] = _mean([self.lpips.diversity([pictures[i] for i in group]) for group in groups])
+        if drift and drift.autoencoder:
+            means["drift_latent"] = latent_distance(list(drift.pictures), list(drift.base), drift.autoencoder)
+        means = {name: _mean(values) for name, values in columns.items()} | dict(sorted(means.items()))
+        return Evaluation(_rounded(means), _rows(samples, columns))
+
+    def _encoders(self) -> list[PictureEncoder]:
+        return [next(iter(self.clips.values())), *([self.vision] if self.vision else [])]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores; ``str()`` is the table of the means in Markdown.
+
+    Attributes:
+        means: measure -> value.
+        rows: per picture: its file name, prompt, seed and scores.
+        settings: how the scores came about, for the files.
+    """
+
+    means: dict[str, float]
+    rows: list[dict]
+    settings: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [[name, f"{value:.4f}", "lower" if name.startswith("drift") else "higher"] for name, value in self.means.items()]
+        return markdown_table(["measure", "mean", "better"], rows)
+
+    def write(self, folder: str | Path) -> None:
+        """Writes scores.json (everything), scores.csv (a row per picture) and table.md (the means).
+
+        Args:
+            folder: made where it is missing.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        everything = {"settings": self.settings, "means": self.means, "pictures": self.rows}
+        (folder / "scores.json").write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        (folder / "table.md").write_text(f"{self}\n", encoding="utf-8")
+
+
+def _groups(prompts: Sequence[str]) -> list[list[int]]:
+    """The numbers of the pictures of each prompt."""
+    groups: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(number)
+    return list(groups.values())
+
+
+def _rows(samples: Sequence[Sample], columns: Mapping[str, Sequence[float]]) -> list[dict]:
+    rows = []
+    for number, sample in enumerate(samples):
+        facts = {"picture": sample.name, "prompt": sample.prompt} | ({} if sample.seed is None else {"seed": sample.seed})
+        rows.append(facts | _rounded({name: values[number] for name, values in columns.items()}))
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _rounded(values: dict) -> dict:
+    return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in values.items()}

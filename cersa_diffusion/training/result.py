@@ -1,0 +1,83 @@
+"""What a run made and what it took, in numbers and in words."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cersa_diffusion.training.config import DreamBoothConfig
+from cersa_diffusion.training.methods import METHODS
+from cersa_diffusion.training.truncation import TruncationCost
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made and what it took.
+
+    Attributes:
+        method: a key of `METHODS`.
+        output_dir: folder of the run.
+        weights_path: file or folder that `load_result` opens.
+        steps: optimizer steps done in all.
+        seconds: time spent in training steps by this call (a resumed run counts its own part).
+        decompose_seconds: time spent preparing the models for the method.
+        loss: mean loss of the last tenth of the steps of this call.
+        trainable_parameters: numbers that are trained.
+        weight_bytes, gradient_bytes, optimizer_bytes: tensors of the trained components while training, without activations.
+        peak_memory_bytes: on a GPU the most that was allocated, else the most that the process has held.
+        pictures_per_second: of the subject and the class, over all processes.
+        file_bytes: size of the result on disk (for full fine-tuning: of the trained components).
+        truncation: what dropping components cost before the first step; None where nothing is dropped.
+    """
+
+    method: str
+    output_dir: str
+    weights_path: str
+    steps: int
+    seconds: float
+    decompose_seconds: float
+    loss: float
+    trainable_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak_memory_bytes: int
+    pictures_per_second: float
+    file_bytes: int
+    truncation: TruncationCost | None
+
+    def write(self) -> None:
+        """Writes the result beside the weights; its presence says that the run is finished."""
+        (Path(self.output_dir) / RESULT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def snippet(self, config: DreamBoothConfig) -> str:
+        """Lines of Python that draw with the result.
+
+        Args:
+            config: the settings of the run.
+        """
+        family = config.family
+        opening = METHODS[config.method].opening.format(
+            pipeline=family.pipeline_class.__name__, base=config.pretrained_model_name_or_path, path=self.weights_path
+        )
+        return (
+            f"import torch, cersa_diffusion\nfrom diffusers import {family.pipeline_class.__name__}\n{opening}\n"
+            f'pipe("{config.instance_prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")'
+        )
+
+    def summary(self, config: DreamBoothConfig) -> str:
+        """What is printed at the end.
+
+        Args:
+            config: the settings of the run.
+        """
+        tensors = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        snippet = self.snippet(config).replace("\n", "\n    ")
+        return f"""
+{self.method}: {self.steps} steps in {self.seconds:.0f} s, loss {self.loss:.4f} (mean of the last tenth)
+trained {self.trainable_parameters / 1e6:.2f} M parameters; weights, gradients and optimizer {tensors / 2**20:.1f} MiB
+result  {self.weights_path} ({self.file_bytes / 2**20:.2f} MiB)
+
+To generate with it:
+    {snippet}"""

@@ -1,0 +1,49 @@
+"""The settings of a run as a TOML file: written beside every result, and read in place of a command line."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import tomli_w
+
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.training.config import DreamBoothConfig
+from cersa_diffusion.training.config_checks import check_names
+from cersa_diffusion.training.presets import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SETTINGS_FILE = "config.toml"
+
+
+def read_settings(path: str | Path, config_class: type[DreamBoothConfig] = DreamBoothConfig) -> dict:
+    """The settings in a TOML file; a key `preset` brings those of the preset along.
+
+    Args:
+        path: the file.
+        config_class: the dataclass they are for.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a name that is no setting.
+    """
+    try:
+        settings = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config {path}: cannot be read as TOML ({error})") from error
+    preset = settings.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"config {path}: preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+    try:
+        check_names(config_class, list(settings))
+    except ConfigError as error:
+        raise ConfigError(f"config {path}: {error}") from error
+    return PRESETS.get(preset, {}) | settings
+
+
+def write_settings(config: DreamBoothConfig, path: Path) -> None:
+    """Writes all settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
+    settings = {name: value for name, value in asdict(config).items() if value is not None and name != "hub_token"}
+    path.write_text(tomli_w.dumps(settings))

@@ -1,0 +1,226 @@
+"""Every method on every architecture: trains, saves, and opens to the same logits."""
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import cersa_diffusion as cersa
+from cersa_diffusion import ConfigError
+from cersa_diffusion.classification import ClassifierSettings, RunArguments, load_classifier
+from cersa_diffusion.classification.model import load_config, load_for_training, load_processor
+from cersa_diffusion.classification.result import load_head
+from cersa_diffusion.classification.targets import LAYERS, target_pattern
+from cersa_diffusion.classification.trainer import ClassifierTrainer
+from cersa_diffusion.inject import match_targets
+
+ARCHITECTURES = ("vit", "bert", "roberta", "deberta-v2", "deberta-v3")
+# With these rates four steps change the logits by a good part.
+OPTIONS = {
+    "cersa": {"alpha": 0.9},
+    "svfit": {"svfit_rank": 12},
+    "svft": {},
+    "lora": {"rank": 4},
+    "pissa": {"rank": 4},
+    "dora": {"rank": 4},
+    "full": {},
+}
+RATES = {"svfit": 5e-2, "svft": 3e-2, "full": 2e-3}
+# The adapter file stores 16 bit.
+LIMITS = {"cersa": 5e-3, "svfit": 5e-3, "svft": 5e-3, "lora": 1e-5, "pissa": 1e-4, "dora": 1e-5, "full": 1e-6}
+
+
+def prepared(name: str, model_path, **options):
+    """A classifier of three classes, prepared for a method."""
+    kind = "image" if name == "vit" else "text"
+    settings = ClassifierSettings(model_name_or_path=str(model_path(name)), **options)
+    return load_for_training(kind, settings, load_processor(kind, settings), load_config(settings, ["a", "b", "c"]), seed=0)
+
+
+def inputs(name: str, count: int = 8) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(count, 3, 16, 16, generator=generator)}
+    ids = torch.randint(4, 16, (count, 10), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def examples(name: str, count: int = 32) -> Dataset:
+    columns = {key: value.tolist() for key, value in inputs(name, count).items()}
+    return Dataset.from_dict(columns | {"labels": [i % 3 for i in range(count)]}).with_format("torch")
+
+
+def arguments(folder, **changes) -> RunArguments:
+    values = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "disable_tqdm": True} | changes
+    return RunArguments(output_dir=str(folder), use_cpu=True, **values)
+
+
+def logits(model, name: str) -> torch.Tensor:
+    model.eval()
+    own = {
+        key: value.to(next(model.parameters()).dtype) if key == "pixel_values" else value for key, value in inputs(name).items()
+    }
+    with torch.no_grad():
+        return model(**own).logits.float()
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trained_saved_and_opened_gives_the_same_logits(name, method, model_path, tmp_path):
+    classifier = prepared(name, model_path, method=method, **OPTIONS[method])
+    before = logits(classifier.model, name)
+    rate = RATES.get(method, 1e-2)
+    trainer = ClassifierTrainer(classifier, args=arguments(tmp_path, learning_rate=rate), train_dataset=examples(name))
+    trainer.train()
+    after = logits(classifier.model, name)
+    trainer.save_model(str(tmp_path / "result"))
+    model, _ = load_classifier(tmp_path / "result")
+    # The bound means something only if training changed much more than it allows.
+    assert (after - before).norm() > 0.05 * before.norm()
+    assert (logits(model, name) - after).norm() <= LIMITS[method] * after.norm()
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("method", ["cersa", "svft", "lora", "pissa", "full"])
+@pytest.mark.parametrize("name", ["vit", "deberta-v3"])
+def test_bf16_trains_float32_parameters_and_opens_to_the_same_logits(name, method, model_path, tmp_path):
+    classifier = prepared(name, model_path, method=method, **OPTIONS[method])
+    classifier.cast_frozen(torch.bfloat16)
+    rate = RATES.get(method, 1e-2)
+    trainer = ClassifierTrainer(classifier, args=arguments(tmp_path, learning_rate=rate, bf16=True), train_dataset=examples(name))
+    trainer.train()
+    parameters = list(classifier.model.parameters())
+    assert all(p.dtype == torch.float32 for p in parameters if p.requires_grad)
+    assert method == "full" or {p.dtype for p in parameters if not p.requires_grad} == {torch.bfloat16}
+    trainer.save_model(str(tmp_path / "result"))
+    model, _ = load_classifier(tmp_path / "result")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(classifier.model, name)
+    assert (logits(model, name) - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["cersa", "svfit", "svft", "full"])
+@pytest.mark.parametrize("name", ["vit", "deberta-v2", "deberta-v3"])
+def test_the_stock_trainer_saves_a_stock_model(name, method, model_path, tmp_path):
+    """`Trainer.save_model` of transformers itself: dense weights that `from_pretrained` reads to the same logits."""
+    classifier = prepared(name, model_path, method=method, **OPTIONS[method])
+    own = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=2, disable_tqdm=True, save_strategy="no")
+    trainer = Trainer(classifier.model, own, train_dataset=examples(name))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "stock"))
+    auto = AutoModelForImageClassification if name == "vit" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    expected = logits(classifier.model, name)
+    assert (logits(model, name) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+def test_losses_are_those_of_plain_peft_code(method, model_path, tmp_path):
+    own = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}[method]
+    shared = {"lr_scheduler_type": "linear", "warmup_steps": 0.08, "logging_steps": 1, "max_steps": 10, "weight_decay": 0.01}
+    classifier = prepared("bert", model_path, method=method, rank=4)
+    ours = ClassifierTrainer(classifier, args=arguments(tmp_path / "ours", **shared), train_dataset=examples("bert"))
+    ours.train()
+
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(model_path("bert"), num_labels=3)
+    set_seed(0)
+    # The checkpoint has no pooler, so it is new and trained like the classifier.
+    wrapped = ["classifier", "bert.pooler.dense"]
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["query", "key", "value"], modules_to_save=wrapped, **own)
+    model = get_peft_model(model, config)
+    settings = TrainingArguments(
+        str(tmp_path / "plain"), learning_rate=1e-2, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, **shared
+    )
+    plain = Trainer(model, settings, train_dataset=examples("bert"))
+    plain.train()
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (ours, plain)]
+    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_adapter_file_and_the_head_load_into_a_stock_model_by_hand(model_path, tmp_path):
+    classifier = prepared("roberta", model_path, method="cersa")
+    trainer = ClassifierTrainer(classifier, args=arguments(tmp_path), train_dataset=examples("roberta"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "result"))
+    model = AutoModelForSequenceClassification.from_pretrained(model_path("roberta"), num_labels=3)
+    cersa.load_adapter(model, tmp_path / "result" / "pytorch_cersa_weights.safetensors")
+    load_head(model, tmp_path / "result" / "head.safetensors")
+    expected = logits(classifier.model, "roberta")
+    assert (logits(model, "roberta") - expected).norm() <= 5e-3 * expected.norm()
+    other = AutoModelForSequenceClassification.from_pretrained(model_path("roberta"), num_labels=2)
+    with pytest.raises(ConfigError, match=r"classifier\.out_proj.* does not fit this model"):
+        load_head(other, tmp_path / "result" / "head.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit", ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.fc1", "mlp.fc2"]),
+        ("bert", ["query", "key", "value", "attention.output.dense", "intermediate.dense", r"(?<=[01]\.)output.dense"]),
+        ("roberta", ["query", "key", "value", "attention.output.dense", "intermediate.dense", r"(?<=[01]\.)output.dense"]),
+        (
+            "deberta-v2",
+            ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", r"(?<=[01]\.)output.dense"],
+        ),
+    ],
+)
+def test_presets_name_the_layers_of_the_paper(name, expected, model_path):
+    model = prepared(name, model_path, method="full").model
+    kinds = {"QV": [0, 2], "QKV": [0, 1, 2], "QKVP": [0, 1, 2, 3], "all": range(6)}
+    for preset, chosen in kinds.items():
+        found = match_targets(model, target_pattern(name, [preset]))
+        wanted = re.compile(rf".*layers?\.[01]\..*(?:{'|'.join(expected[i] for i in chosen)})")
+        linear = [layer for layer, module in model.named_modules() if type(module) is torch.nn.Linear]
+        assert set(found) == {layer for layer in linear if wanted.fullmatch(layer)}
+        assert len(found) == 2 * len(chosen)
+
+
+def test_only_the_targets_and_the_head_are_trained(model_path):
+    for name in ARCHITECTURES:
+        classifier = prepared(name, model_path, method="cersa")
+        names = [n for n, p in classifier.model.named_parameters() if p.requires_grad]
+        kinds = LAYERS["deberta-v2" if name == "deberta-v3" else name]
+        inside = [n for n in names if not any(n.startswith(f"{head}.") for head in classifier.head)]
+        assert len(inside) == 6 and all(re.search("|".join(kinds[k] for k in "QKV"), n) for n in inside)
+    # DeBERTa's checkpoints have no pooler: it is new, and so a part of the head.
+    assert set(classifier.head) == {"pooler", "classifier"}
+
+
+def test_full_fine_tuning_trains_everything_unless_layers_are_named(model_path):
+    model = prepared("vit", model_path, method="full").model
+    assert all(p.requires_grad for p in model.parameters())
+    model = prepared("vit", model_path, method="full", target_modules=["QV"]).model
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 + 2 and all(n.endswith(("q_proj.weight", "v_proj.weight")) or "classifier" in n for n in trained)
+
+
+def test_the_head_starts_the_same_for_every_method(model_path):
+    heads = [prepared("deberta-v3", model_path, method=method, **own).head_state() for method, own in OPTIONS.items()]
+    assert all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["classifier"]}, r"\['classifier'\] is part of the classifier"),
+        ({"target_modules": ["nothing"]}, r"matches no nn.Linear .* its linear layers end in"),
+        ({"method": "pissa", "rank": 25}, "rank is 25, but layer .* has only 24 components"),
+        ({"classifier_dropout": 0.1}, "classifier_dropout: a 'vit' model has none"),
+        ({"attention_dropout": 1.0}, r"attention_dropout is 1.0, expected a share in \[0, 1\)"),
+        ({"classifier_learning_rate": 0.0}, "classifier_learning_rate is 0.0, expected more than 0"),
+        ({"memory_budget": "1MB", "method": "lora"}, "memory_budget chooses what CERSA keeps"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message, model_path):
+    with pytest.raises(ConfigError, match=message):
+        prepared("vit", model_path, **{"method": "cersa"} | changes)

@@ -1,0 +1,127 @@
+"""Whole runs: figures, resuming, and what is refused before anything is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cersa_diffusion import CersaError, ConfigError
+from cersa_diffusion.classification import (
+    ClassifierSettings,
+    ImageData,
+    RunArguments,
+    TextData,
+    load_classifier,
+    train_classifier,
+)
+from cersa_diffusion.training.checkpoints import WEIGHTS_FILE
+
+
+def run(model: Path, data, output: Path, **changes):
+    """A run of eight steps; `changes` go to the settings that know them."""
+    own = {key: changes.pop(key) for key in list(changes) if key in ClassifierSettings.__dataclass_fields__}
+    values = {"max_steps": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True}
+    arguments = RunArguments(output_dir=str(output), **values | changes)
+    return train_classifier(ClassifierSettings(model_name_or_path=str(model), **own), data, arguments)
+
+
+def text_data(files) -> TextData:
+    return TextData(train_file=str(files[0]), validation_file=[str(files[1])], text_pair_column="second")
+
+
+def test_report_counts_what_is_there(model_path, text_files, tmp_path):
+    report = run(model_path("bert"), text_data(text_files), tmp_path / "run", method="cersa")
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["score"] == report.score == report.scores["validation"] and written["examples"] == {
+        "train": 32,
+        "validation": 16,
+    }
+    model, tokenizer = load_classifier(report.result)
+    cores = sum(core.D.numel() for layer in model.modules() for core in getattr(layer, "cores", {}).values())
+    head = sum(p.numel() for p in model.classifier.parameters()) + sum(p.numel() for p in model.bert.pooler.parameters())
+    assert report.trainable_parameters == cores + head and report.head_parameters == head
+    assert report.gradient_bytes == 4 * (cores + head) and report.optimizer_bytes >= 8 * (cores + head)
+    assert "| bert" not in report.row and "| cersa |" in report.row and report.row.count("\n") == 3
+    # What the saved result says of the examples is what the report says.
+    rows = [line.split(",") for line in text_files[1].read_text().split()[1:]] and text_files[1].read_text().splitlines()[1:]
+    texts, seconds, labels = zip(*(row.split(",") for row in rows), strict=True)
+    with torch.no_grad():
+        found = model(**tokenizer(list(texts), list(seconds), padding=True, return_tensors="pt")).logits.argmax(-1)
+    right = [model.config.id2label[int(i)] == label for i, label in zip(found, labels, strict=True)]
+    assert sum(right) / len(right) == report.score
+
+
+def test_pictures_are_learned(model_path, picture_folders, tmp_path):
+    data = ImageData(train_dir=str(picture_folders[0]), validation_dir=str(picture_folders[1]), random_flip=True)
+    report = run(model_path("vit"), data, tmp_path / "run", method="cersa", max_steps=20, bf16=True)
+    assert report.score > 0.9 and report.metric == "accuracy"
+
+
+def test_numbers_are_predicted(model_path, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("sentence1,sentence2,label\n" + "".join(f"the cat,{'good ' * (i % 6)}dog,{i % 6}\n" for i in range(48)))
+    data = TextData(task_name="stsb", train_file=str(path), validation_file=[str(path)])
+    report = run(model_path("deberta-v3"), data, tmp_path / "run", method="lora", rank=4, max_steps=30)
+    assert report.metric == "pearson" and report.score > 0.8
+    assert load_classifier(report.result)[0].config.num_labels == 1
+
+
+@pytest.mark.parametrize("method", ["cersa", "pissa", "full"])
+def test_resumed_equals_uninterrupted_bit_for_bit(method, model_path, picture_folders, tmp_path):
+    data = ImageData(train_dir=str(picture_folders[0]), validation_dir=str(picture_folders[1]), random_resized_crop=True)
+    own = {"method": method, "rank": 4, "save_steps": 3, "attention_dropout": 0.1, "save_strategy": "steps"}
+    own |= {} if method == "pissa" else {"rank": 32}
+    whole = run(model_path("vit"), data, tmp_path / "run", **own)
+    last = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resumed = run(model_path("vit"), data, tmp_path / "run", resume_from_checkpoint="latest", **own)
+    again = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
+    assert last.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in last.items())
+    assert whole.scores == resumed.scores and resumed.steps == 8
+
+
+def test_the_best_checkpoint_is_what_is_saved(model_path, picture_folders, tmp_path):
+    data = ImageData(train_dir=str(picture_folders[0]), validation_dir=str(picture_folders[1]))
+    own = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    report = run(model_path("vit"), data, tmp_path / "run", method="cersa", metric_for_best_model="accuracy", **own)
+    state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert report.score == state["best_metric"] == max(e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e)
+
+
+def test_two_learning_rates(model_path, text_files, tmp_path):
+    """With a rate of nearly nothing for the layers only the head moves, and the other way round."""
+    moved = {}
+    for name, rates in {"head": (1e-12, 1e-2), "layers": (1e-2, 1e-12)}.items():
+        own = {"learning_rate": rates[0], "classifier_learning_rate": rates[1], "weight_decay": 0.0, "save_strategy": "steps"}
+        run(model_path("roberta"), text_data(text_files), tmp_path / name, method="cersa", save_steps=1, **own)
+        first, last = (load_file(tmp_path / name / f"checkpoint-{step}" / WEIGHTS_FILE) for step in (1, 8))
+        moved[name] = {key for key in first if (first[key] - last[key]).abs().max() > 1e-6}
+    assert moved["head"] and all(".classifier." in key for key in moved["head"])
+    assert moved["layers"] and all(".cores." in key for key in moved["layers"])
+
+
+def test_folders_and_checkpoints_that_cannot_be_used_are_refused(model_path, text_files, tmp_path):
+    own = {"method": "cersa", "max_steps": 2}
+    run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)
+    with pytest.raises(ConfigError, match="holds a run already: add --resume_from_checkpoint latest"):
+        run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)
+    with pytest.raises(ConfigError, match="was started with other settings of alpha"):
+        run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", alpha=0.5, **own)
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: /no/such is not a folder"):
+        run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="/no/such", **own)
+    with pytest.raises(CersaError, match="is no checkpoint of a classification run"):
+        run(model_path("bert"), text_data(text_files), tmp_path / "other", resume_from_checkpoint=str(tmp_path), **own)
+
+
+def test_models_and_results_that_are_not_there_are_named(model_path, text_files, tmp_path):
+    with pytest.raises(ConfigError, match="model /no/such/model: no such folder, and not the form of a hub id"):
+        run(Path("/no/such/model"), text_data(text_files), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no text processor|cannot be loaded"):
+        run(model_path("vit"), text_data(text_files), tmp_path / "run")
+    with pytest.raises(ConfigError, match="no result of a classification run"):
+        load_classifier(tmp_path)
+    assert not (tmp_path / "run").exists()
