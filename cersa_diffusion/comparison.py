@@ -18,6 +18,7 @@ def generate(
     steps: int = 25,
     guidance: float = 4.0,
     batch_size: int = 16,
+    negative_prompt: str = "",
     show_progress: bool = False,
 ) -> list[list[Image.Image]]:
     """Pictures of every prompt with every seed: ``result[prompt][seed]``.
@@ -31,6 +32,7 @@ def generate(
         steps: denoising steps of the pipeline's scheduler.
         guidance: classifier-free guidance scale.
         batch_size: pictures at once.
+        negative_prompt: what guidance leads away from.
         show_progress: a bar over the batches.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -39,7 +41,14 @@ def generate(
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         texts = [prompt for prompt, _ in batch]
-        pictures += pipeline(texts, generator=generators, num_inference_steps=steps, guidance_scale=guidance).images
+        pictures += pipeline(
+            texts,
+            # Not a list of empty texts: some pipelines have a vector of their own for none.
+            negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        ).images
     return [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
 
 

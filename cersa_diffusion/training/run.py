@@ -26,6 +26,7 @@ from cersa_diffusion.training.checkpoints import load_checkpoint, save_checkpoin
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.data import DreamBoothDataset, collate
 from cersa_diffusion.training.interrupt import StopRequest
+from cersa_diffusion.training.latent_cache import LatentCache, cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
 from cersa_diffusion.training.memory_report import memory_table, peak_memory, planned_memory
 from cersa_diffusion.training.methods import METHODS
@@ -62,7 +63,6 @@ class DreamBoothRun:
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)
         self.method = METHODS[config.method](config)
-        self.loss = DreamBoothLoss(config, base, accelerator.device)
         encoders = config.family.text_encoders if config.train_text_encoder else ()
         self.components: dict[str, nn.Module] = {name: getattr(base, name) for name in ("unet", *encoders)}
         for model in (base.vae, base.unet, *(getattr(base, name) for name in config.family.text_encoders)):
@@ -90,6 +90,7 @@ class DreamBoothRun:
         config, reporting = self.config, self.accelerator.is_main_process
         start = time.perf_counter()
         self.planned = self._planned_memory() if reporting else {}
+        self._fill_caches()
         probed = config.method == "cersa" and reporting
         base_loss = self._probe() if probed else None
         # Here and not earlier: what a method draws at its start depends on nothing but the seed.
@@ -106,6 +107,21 @@ class DreamBoothRun:
         if reporting:
             self.description.append(memory_table(self.planned, config, self.compute_dtype))
 
+    def _fill_caches(self) -> None:
+        """Encodes pictures and prompts, if that was asked for, and puts the models that are then idle away on the CPU."""
+        config, base, show = self.config, self.base, self.accelerator.is_main_process
+        self.latents: LatentCache | None = None
+        embeddings = None
+        if config.cache_latents:
+            self.latents = cache_latents(self.instance, self.classes, config, base.vae, show_progress=show)
+            base.vae.to("cpu")
+        if config.pre_compute_text_embeddings:
+            prompts = [example.prompt for example in (*self.instance, *self.classes)]
+            embeddings = cache_text_embeddings(prompts, config, base, show_progress=show)
+            for name in config.family.text_encoders:
+                getattr(base, name).to("cpu")
+        self.loss = DreamBoothLoss(config, base, self.accelerator.device, embeddings)
+
     def _planned_memory(self) -> dict:
         config = self.config
         pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
@@ -113,7 +129,7 @@ class DreamBoothRun:
         return planned_memory(config, self.method, self.components, dtype=self.compute_dtype, tokens=tokens)
 
     def _probe(self) -> float:
-        return probe_loss(self.loss, self.instance, self.components, self.accelerator.autocast())
+        return probe_loss(self.loss, self.instance, self.components, self.accelerator.autocast(), self.latents)
 
     def _set_precision(self) -> None:
         dtype, config = self.compute_dtype, self.config
@@ -213,6 +229,7 @@ class DreamBoothRun:
             first=first_step * self.samples_per_step,
             last=last_step * self.samples_per_step,
             samples_per_step=self.samples_per_step,
+            latents=self.latents,
         )
         config = self.config
         return DataLoader(

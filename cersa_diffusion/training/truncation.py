@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from cersa_diffusion.inject import InjectionReport
 from cersa_diffusion.training.captions import Example
 from cersa_diffusion.training.data import DreamBoothDataset, collate
+from cersa_diffusion.training.latent_cache import LatentCache
 from cersa_diffusion.training.loss import DreamBoothLoss
 
 PROBE_SAMPLES = 8
@@ -56,7 +57,11 @@ class TruncationCost:
 
 @torch.no_grad()
 def probe_loss(
-    loss: DreamBoothLoss, instance: list[Example], models: Mapping[str, nn.Module], autocast: AbstractContextManager
+    loss: DreamBoothLoss,
+    instance: list[Example],
+    models: Mapping[str, nn.Module],
+    autocast: AbstractContextManager,
+    latents: LatentCache | None = None,
 ) -> float:
     """Mean squared error on the first `PROBE_SAMPLES` samples of a run, as the training will draw them.
 
@@ -65,9 +70,10 @@ def probe_loss(
         instance: pictures of the subject.
         models: the components by name, of the base or injected.
         autocast: the precision of the training.
+        latents: of the run, if it caches them.
     """
     size = loss.config.train_batch_size
-    dataset = DreamBoothDataset(instance, [], loss.config, first=0, last=PROBE_SAMPLES, samples_per_step=size)
+    dataset = DreamBoothDataset(instance, [], loss.config, first=0, last=PROBE_SAMPLES, samples_per_step=size, latents=latents)
     with autocast:
         errors = [loss.squared_errors(batch, models)[0] for batch in DataLoader(dataset, batch_size=size, collate_fn=collate)]
     return float(torch.cat(errors).mean())

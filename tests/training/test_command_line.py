@@ -80,14 +80,17 @@ def test_a_missing_file_or_setting_is_named(tmp_path, capsys):
 
 
 # The option names of the diffusers examples: a command line ports by changing the script's name.
-PEERS = """pretrained_model_name_or_path revision variant instance_data_dir dataset_name dataset_config_name image_column caption_column
-class_data_dir instance_prompt class_prompt with_prior_preservation prior_loss_weight num_class_images sample_batch_size
-prior_generation_precision output_dir seed resolution center_crop random_flip train_text_encoder text_encoder_lr train_batch_size
-num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps
-gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power snr_gamma noise_offset
-use_8bit_adam optimizer dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub
-hub_token hub_model_id logging_dir report_to allow_tf32 mixed_precision validation_prompt num_validation_images validation_steps
-cache_latents repeats rank pre_compute_text_embeddings use_ema""".split()
+PEERS = """
+pretrained_model_name_or_path revision variant instance_data_dir dataset_name dataset_config_name image_column
+caption_column class_data_dir instance_prompt class_prompt with_prior_preservation prior_loss_weight num_class_images
+sample_batch_size prior_generation_precision output_dir seed resolution center_crop random_flip train_text_encoder
+text_encoder_lr train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+lr_warmup_steps lr_num_cycles lr_power snr_gamma noise_offset use_8bit_adam optimizer dataloader_num_workers adam_beta1
+adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir report_to
+allow_tf32 mixed_precision validation_prompt num_validation_images validation_steps cache_latents repeats rank
+pre_compute_text_embeddings use_ema
+""".split()
 
 
 def test_every_option_of_the_peers_is_there():

@@ -1,0 +1,115 @@
+"""Running tasks: one after the other on this machine, or on several cores and machines by ray. Each is a process of its own."""
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from cersa_diffusion.errors import CersaError, ConfigError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command.
+
+    Args:
+        name: what messages call it.
+        command: the program and its arguments.
+        log: file that takes what it says.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+
+
+def run_task(task: Task) -> None:
+    """Runs a task to its end; interrupted, it lets the task write its checkpoint first.
+
+    Raises:
+        CersaError: it failed.
+    """
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(task.command)}\n")
+        log.flush()
+        # In a session of its own, so that Ctrl-C reaches it once: a second signal would cut the checkpoint short.
+        process = subprocess.Popen(task.command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    if code:
+        lines = task.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; all it said is in {task.log})")
+
+
+def run_in_turn(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Runs tasks one after the other.
+
+    Yields:
+        Each task when it is done.
+
+    Raises:
+        CersaError: a task failed; the ones after it are not started.
+    """
+    for task in tasks:
+        run_task(task)
+        yield task
+
+
+def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Runs tasks on the ray cluster that RAY_ADDRESS names, else on the cores (or GPUs) of this machine.
+
+    Several machines need this package, the base and the output under the same paths, on a shared file system.
+
+    Yields:
+        Each task when it is done, in the order in which they end.
+
+    Raises:
+        CersaError: a task failed; the others are stopped.
+    """
+    import ray
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    try:
+        # As many threads each as the engine without ray would have: the last digits depend on it.
+        remote = ray.remote(
+            num_cpus=int(threads),
+            num_gpus=1 if torch.cuda.is_available() else 0,
+            max_retries=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        )(run_task)
+        running = {remote.remote(task): task for task in tasks}
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise CersaError(str(error.cause)) from error
+            yield running.pop(done)
+    finally:
+        ray.shutdown()
+
+
+ENGINES = {"process": run_in_turn, "ray": run_with_ray}
+
+
+def check_engine(name: str) -> None:
+    """Refuses an engine that is unknown or not installed.
+
+    Raises:
+        ConfigError: naming what to do.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    if name == "ray" and not find_spec("ray"):
+        raise ConfigError("engine ray needs the package ray: pip install 'cersa-diffusion[ray]', or leave --engine out")

@@ -1,0 +1,293 @@
+"""One comparison: what was asked for, checked, and the pictures of it one after the other."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from cersa_diffusion.comparison import generate
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.metrics.prompts import without_token
+from cersa_diffusion.training.methods import METHODS, CersaMethod
+from gradio_app.library import Base, Run
+from gradio_app.settings import Limits
+from gradio_app.store import PipelineStore, weight_bytes
+
+UNTOUCHED = "untouched base"
+SCHEDULERS = {
+    "as saved with the base": None,
+    "DDIM": DDIMScheduler,
+    "DPM++ 2M": DPMSolverMultistepScheduler,
+    "Euler": EulerDiscreteScheduler,
+    "Euler ancestral": EulerAncestralDiscreteScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+STRONGEST = 1.5
+SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+MOST_STEPS, MOST_GUIDANCE, HIGHEST_SEED = 100, 30.0, 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison draws: the rows are prompts x seeds, the columns the untouched base or runs.
+
+    Args:
+        base: name of a base.
+        columns: `UNTOUCHED` or names of runs.
+        strengths: name of a run -> its strength; 1 where none is given.
+        prompts: the prompts.
+        negative_prompt: what guidance leads away from.
+        seeds: the seeds, the same for every column.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        scheduler: a key of `SCHEDULERS`.
+        token: the word that stands for the subject, left out when prompts are scored.
+    """
+
+    base: str
+    columns: tuple[str, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance: float = 4.0
+    scheduler: str = "as saved with the base"
+    token: str = "sks"
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of the rows."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def check(self, limits: Limits) -> None:
+        """Checks everything but the names.
+
+        Raises:
+            ConfigError: what is wrong, and what to do.
+        """
+        _between("columns", len(self.columns), 1, limits.columns, "choose the base or some runs")
+        _between("prompts", len(self.prompts), 1, limits.prompts, "write one per line")
+        _between("seeds", len(self.seeds), 1, limits.seeds, "write them as 0, 1, 2 or as 0-2")
+        _between("pictures", len(self.rows()) * len(self.columns), 1, limits.drawn, "take fewer prompts, seeds or columns")
+        _between("steps", self.steps, 1, MOST_STEPS)
+        _between("guidance", self.guidance, 0, MOST_GUIDANCE)
+        for text in (*self.prompts, self.negative_prompt, self.token):
+            _between("characters of a prompt", len(text), 0, limits.characters, "shorten it")
+        for seed in self.seeds:
+            _between("seed", seed, 0, HIGHEST_SEED)
+        for name, strength in self.strengths.items():
+            _between(f"strength of {name}", strength, 0, STRONGEST)
+        if self.scheduler not in SCHEDULERS:
+            raise ConfigError(f"scheduler {self.scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
+
+    def to_json(self) -> str:
+        """The settings to share: one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Comparison":
+        """The inverse of `to_json`; what is left out has its default.
+
+        Raises:
+            ConfigError: not such a text.
+        """
+        try:
+            values = json.loads(text)
+            unknown = set(values) - {each.name for each in fields(cls)}
+            if unknown:
+                raise ConfigError(f"settings: {', '.join(sorted(unknown))} is no setting of a comparison")
+            return cls(**{name: _PARSERS[name](value) for name, value in values.items()})
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"settings: not the JSON that this page gives out ({error})") from error
+
+
+def _texts(value: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError("expected a list of texts")
+    return tuple(value)
+
+
+def _text(value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text instead of {value!r}")
+    return value
+
+
+_PARSERS = {
+    "base": _text, "columns": _texts, "prompts": _texts, "negative_prompt": _text, "scheduler": _text, "token": _text,
+    "seeds": lambda value: tuple(int(seed) for seed in value),
+    "strengths": lambda value: {_text(name): float(strength) for name, strength in value.items()},
+    "steps": int, "guidance": float,
+}  # fmt: skip
+
+
+def _between(what: str, value: float, lowest: float, highest: float, remedy: str = "") -> None:
+    if not lowest <= value <= highest:
+        raise ConfigError(f"{what}: {value}, expected {lowest} to {highest}" + (f": {remedy}" if remedy else ""))
+
+
+def parse_seeds(text: str, most: int) -> tuple[int, ...]:
+    """Seeds written as "0, 1, 5" or "0-3".
+
+    Args:
+        text: what was typed.
+        most: how many there may be.
+
+    Raises:
+        ConfigError: something else, or more of them.
+    """
+    seeds: list[int] = []
+    for part in re.split(r"[\s,;]+", text.strip()):
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part, re.ASCII)
+        if not match:
+            raise ConfigError(f"seeds: {text.strip()[:40]!r}, expected numbers such as 0, 1, 2 or a range such as 0-3")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(seeds) + last - first + 1 > most:
+            raise ConfigError(f"seeds: {text.strip()[:40]!r} are more than {most}: take fewer")
+        seeds += range(first, last + 1)
+    return tuple(dict.fromkeys(seeds))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished picture.
+
+    Args:
+        row: number of the row.
+        column: number of the column.
+        picture: RGB.
+        seconds: that drawing took, without loading.
+        score: CLIPScore with its prompt, 0 to 100; None without a scorer.
+        memory: bytes of all weights of the pipeline; on a GPU the most that was allocated while drawing.
+    """
+
+    row: int
+    column: int
+    picture: Image.Image
+    seconds: float
+    score: float | None
+    memory: int
+
+
+class Scorer:
+    """CLIPScore of single pictures by the package's own function; the CLIP is loaded when it is first needed.
+
+    Args:
+        clip: folder or hub id; None: nothing is scored.
+        device: where it computes.
+    """
+
+    def __init__(self, clip: str | None, device: str):
+        self.clip, self.device = clip, device
+        self._lock, self._model = threading.Lock(), None
+
+    def score(self, picture: Image.Image, prompt: str) -> float | None:
+        """CLIPScore, 0 to 100; None without a CLIP."""
+        if self.clip is None:
+            return None
+        # Imported here: the extra `score` may not be installed, and the page works without.
+        from cersa_diffusion.metrics.clip_models import TransformersClip
+        from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
+
+        with self._lock:
+            if self._model is None:
+                self._model = TransformersClip(self.clip, self.device)
+            return clipscore_torchmetrics([picture], [prompt], self._model)[0]
+
+
+def draw(
+    comparison: Comparison, base: Base, runs: Sequence[Run | None], store: PipelineStore, scorer: Scorer
+) -> Iterator[Drawn]:
+    """The pictures of a comparison, column by column, each as soon as it is finished.
+
+    Args:
+        comparison: checked.
+        base: the base.
+        runs: of the columns; None for the untouched base.
+        store: where pipelines come from.
+        scorer: for CLIPScore.
+    """
+    for column, run in enumerate(runs):
+        strength = None if run is None else comparison.strengths.get(run.name, 1.0)
+        for row, (prompt, seed) in enumerate(comparison.rows()):
+            # One lease per picture: between two of them others may draw, and a visitor may leave.
+            with store.lease(base, run) as pipeline:
+                if run is not None and run.has_strength:
+                    set_strength(pipeline, run, strength)
+                yielded = _draw_one(pipeline, comparison, row, column, prompt, seed)
+            yield replace(yielded, score=scorer.score(yielded.picture, without_token(prompt, comparison.token)))
+
+
+def draw_sweep(
+    comparison: Comparison, base: Base, run: Run, store: PipelineStore, scorer: Scorer, strengths: Sequence[float] = SWEEP
+) -> Iterator[Drawn]:
+    """The first row of a comparison by one adapter at several strengths, which are the columns.
+
+    Args:
+        comparison: checked.
+        base: the base.
+        run: the adapter.
+        store: where pipelines come from.
+        scorer: for CLIPScore.
+        strengths: the strengths.
+
+    Raises:
+        ConfigError: a result without a strength.
+    """
+    if not run.has_strength:
+        raise ConfigError(f"{run.name} is a fully fine-tuned model, which has no strength: choose a CERSA or LoRA run")
+    first = replace(comparison, prompts=comparison.prompts[:1], seeds=comparison.seeds[:1])
+    for column, strength in enumerate(strengths):
+        for drawn in draw(replace(first, strengths={run.name: strength}), base, [run], store, scorer):
+            yield replace(drawn, column=column)
+
+
+def set_strength(pipeline: DiffusionPipeline, run: Run, strength: float) -> None:
+    """Sets the strength of the one adapter that a run's pipeline carries."""
+    if issubclass(METHODS[run.method], CersaMethod):
+        names = {name for names in pipeline.get_list_cersa_adapters().values() for name in names}
+        pipeline.set_cersa_adapters(sorted(names), strength)
+    else:
+        names = {name for names in pipeline.get_list_adapters().values() for name in names}
+        pipeline.set_adapters(sorted(names), [strength] * len(names))
+
+
+def _draw_one(
+    pipeline: DiffusionPipeline, comparison: Comparison, row: int, column: int, prompt: str, seed: int
+) -> Drawn:
+    saved, chosen = pipeline.scheduler, SCHEDULERS[comparison.scheduler]
+    on_gpu = pipeline.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(pipeline.device)
+    try:
+        if chosen is not None:
+            pipeline.scheduler = chosen.from_config(saved.config)
+        start = time.perf_counter()
+        [[picture]] = generate(
+            pipeline,
+            [prompt],
+            [seed],
+            steps=comparison.steps,
+            guidance=comparison.guidance,
+            negative_prompt=comparison.negative_prompt,
+        )
+        seconds = time.perf_counter() - start
+    finally:
+        pipeline.scheduler = saved
+    memory = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else weight_bytes(pipeline)
+    return Drawn(row, column, picture, seconds, None, memory)

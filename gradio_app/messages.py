@@ -1,0 +1,76 @@
+"""Errors as messages in the page: what a visitor can use, nothing of the server's inside."""
+
+import functools
+import html
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from cersa_diffusion.errors import CersaError
+
+_log = logging.getLogger(__name__)
+
+
+class Messages:
+    """Turns exceptions into texts without the folders of the machine.
+
+    Args:
+        hidden: folder -> what messages say instead of it.
+    """
+
+    def __init__(self, hidden: dict[Path, str]):
+        paths = {str(form): name for path, name in hidden.items() for form in (path, path.absolute(), path.resolve())}
+        # The longest first: folders may lie in each other. Relative ones like "." would match anything.
+        self._hidden = sorted(
+            ((path, name) for path, name in paths.items() if Path(path).is_absolute()), key=lambda pair: -len(pair[0])
+        )
+
+    def text(self, error: BaseException) -> str:
+        """What the page says about an error; the whole of an unexpected one goes to the server's log."""
+        if not isinstance(error, CersaError):
+            _log.error("unexpected error", exc_info=error)
+            return f"Something went wrong inside the server ({type(error).__name__}); its log has the details."
+        return self.clean(str(error))
+
+    def clean(self, text: str) -> str:
+        """A text without the folders of the machine."""
+        for path, name in self._hidden:
+            text = text.replace(path, name)
+        return text
+
+    def shown(self, function: Callable) -> Callable:
+        """A function, or a stream, whose errors appear as messages in the page."""
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def stream(*args, **kwargs):
+                try:
+                    yield from function(*args, **kwargs)
+                except Exception as error:
+                    raise self._as_message(error) from None
+
+            return stream
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                raise self._as_message(error) from None
+
+        return call
+
+    def _as_message(self, error: Exception) -> gr.Error:
+        if isinstance(error, gr.Error):
+            return error
+        # Gradio shows messages as HTML, and ours quote what visitors typed.
+        return gr.Error(html.escape(self.text(error)), duration=15, print_exception=False)
+
+
+def warn(texts: Sequence[str]) -> None:
+    """Shows warnings in the page."""
+    for text in texts:
+        gr.Warning(html.escape(text))

@@ -1,0 +1,44 @@
+"""What all tabs of the page share."""
+
+from dataclasses import dataclass
+
+from gradio_app.comparing import Scorer
+from gradio_app.jobs import JobQueue
+from gradio_app.library import Library
+from gradio_app.messages import Messages
+from gradio_app.settings import AppSettings
+from gradio_app.store import PipelineStore
+
+
+@dataclass(frozen=True)
+class App:
+    """The parts behind the page, one of each for all visitors.
+
+    Args:
+        settings: how the page was started.
+        library: bases and runs.
+        store: pipelines in memory.
+        scorer: CLIPScore.
+        jobs: trainings.
+        messages: errors as texts.
+    """
+
+    settings: AppSettings
+    library: Library
+    store: PipelineStore
+    scorer: Scorer
+    jobs: JobQueue
+    messages: Messages
+
+    @classmethod
+    def of(cls, settings: AppSettings) -> "App":
+        """Everything that the settings come to; what was interrupted before can be resumed."""
+        library = Library(settings.models_dirs, settings.runs_dirs, settings.bases)
+        hidden = {folder: "uploads" for folder in (settings.work_dir,)}
+        hidden |= {folder: f"models/{folder.name}" for folder in settings.models_dirs}
+        hidden |= {folder: f"runs/{folder.name}" for folder in settings.runs_dirs}
+        messages = Messages(hidden)
+        jobs = JobQueue(messages, most_waiting=settings.limits.queued_jobs)
+        jobs.restore(library.unfinished())
+        store = PipelineStore(settings.max_pipelines, settings.device)
+        return cls(settings, library, store, Scorer(settings.clip, settings.device), jobs, messages)

@@ -1,0 +1,125 @@
+"""Pipelines in memory: loaded once, shared by all visitors, at most so many, one visitor at a time in each."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from cersa_diffusion.training import load_result
+from cersa_diffusion.training.base import load_base
+from gradio_app.library import Base, Run
+
+
+@dataclass
+class _Entry:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    pipeline: DiffusionPipeline | None = None
+
+
+class PipelineStore:
+    """The least recently used pipelines that nobody is using make room for others.
+
+    The models of a pipeline are never changed after loading: parts that are equal to the base's (the autoencoder, a text encoder
+    that was not trained) are one object in all pipelines.
+
+    Args:
+        capacity: most pipelines at once.
+        device: where they are.
+    """
+
+    def __init__(self, capacity: int, device: str = "cpu"):
+        self.capacity, self.device = max(1, capacity), device
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._changed = threading.Condition()
+        self._shared: weakref.WeakValueDictionary[tuple[str, str], nn.Module] = weakref.WeakValueDictionary()
+
+    @contextmanager
+    def lease(self, base: Base, run: Run | None = None) -> Iterator[DiffusionPipeline]:
+        """A pipeline for one visitor alone; waits while others have it, or while all that are held are in use.
+
+        Never keep it across a `yield` of a stream: a visitor who leaves would keep it for ever.
+
+        Args:
+            base: the base.
+            run: what to load on it; None: the untouched base.
+
+        Raises:
+            CersaError: it cannot be loaded.
+        """
+        key = _key(base, run)
+        entry = self._enter(key)
+        try:
+            with entry.lock:
+                if entry.pipeline is None:
+                    entry.pipeline = self._load(base, run)
+                yield entry.pipeline
+        finally:
+            with self._changed:
+                entry.users -= 1
+                if entry.pipeline is None and not entry.users:
+                    self._entries.pop(key, None)
+                self._changed.notify_all()
+
+    def held(self) -> int:
+        """How many pipelines are held."""
+        return len(self._entries)
+
+    def _enter(self, key: tuple) -> _Entry:
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._entries or self._make_room())
+            entry = self._entries.setdefault(key, _Entry())
+            self._entries.move_to_end(key)
+            entry.users += 1
+            return entry
+
+    def _make_room(self) -> bool:
+        idle = [key for key, entry in self._entries.items() if not entry.users]
+        while len(self._entries) >= self.capacity and idle:
+            del self._entries[idle.pop(0)]
+        return len(self._entries) < self.capacity
+
+    def _load(self, base: Base, run: Run | None) -> DiffusionPipeline:
+        if run is None:
+            pipeline = load_base(base.source)
+        else:
+            pipeline = load_result(run.method, run.weights_path, base.source)
+        pipeline.set_progress_bar_config(disable=True)
+        self._share(base, pipeline, untouched=run is None)
+        return pipeline.to(self.device)
+
+    def _share(self, base: Base, pipeline: DiffusionPipeline, *, untouched: bool) -> None:
+        for name, module in pipeline.components.items():
+            if not isinstance(module, nn.Module):
+                continue
+            module.requires_grad_(False)
+            known = self._shared.get((base.source, name))
+            if known is not None and _equal(known, module):
+                pipeline.register_modules(**{name: known})
+            elif known is None and (untouched or name == "vae"):
+                self._shared[base.source, name] = module
+
+
+def weight_bytes(pipeline: DiffusionPipeline) -> int:
+    """Bytes of all weights of a pipeline, each tensor once."""
+    models = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _key(base: Base, run: Run | None) -> tuple:
+    if run is None:
+        return (base.source, None, None)
+    # A run that was trained anew under the same name is another one.
+    return (base.source, str(run.weights_path), run.weights_path.stat().st_mtime_ns)
+
+
+def _equal(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(tensor.cpu(), b[name].cpu()) for name, tensor in a.items())

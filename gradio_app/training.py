@@ -1,0 +1,169 @@
+"""From the form of the Train tab to the settings of a run, and what it would take in memory."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families import family_of
+from cersa_diffusion.tokens import pipeline_tokens
+from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConfig
+from cersa_diffusion.training.memory_report import memory_table, planned_memory
+from cersa_diffusion.training.methods import METHODS
+from gradio_app.settings import Limits
+
+NO_PRESET = "none: float32, all at once"
+PRESET_CHOICES = [NO_PRESET, *PRESETS]
+# Of the rates tried on the embedded base (README names them) the better ones; the text encoder learns at a tenth.
+LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "pissa": 3e-4, "dora": 1e-3, "svfit": 1e-2, "svft": 1e-2, "full": 3e-4}
+RANKED = ("lora", "pissa", "dora")
+CLASS_PICTURES = 24
+
+
+@dataclass(frozen=True)
+class TrainForm:
+    """What the form says.
+
+    Args:
+        base: name of a base.
+        method: a key of `METHODS`.
+        preset: a key of `PRESETS`, or `NO_PRESET`.
+        alpha, beta: shares of energy, for CERSA; beta at or above alpha trains all that is kept.
+        memory_budget: "600MB" or empty; decides instead of alpha.
+        rank: of LoRA and its kin.
+        instance_prompt: names the subject.
+        class_prompt: names its class, for prior preservation; may be empty.
+        preview_prompt: of the previews; empty: the prompt of the subject.
+        steps, learning_rate, batch_size, seed: as in `DreamBoothConfig`.
+    """
+
+    base: str
+    method: str = "cersa"
+    preset: str = NO_PRESET
+    alpha: float = 0.95
+    beta: float = 0.95
+    memory_budget: str = ""
+    rank: int = 32
+    instance_prompt: str = "a 3d emoji of a sks cat"
+    class_prompt: str = ""
+    preview_prompt: str = ""
+    steps: int = 300
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    seed: int = 0
+
+    def check(self, limits: Limits) -> None:
+        """Checks what the settings of a run do not check themselves.
+
+        Raises:
+            ConfigError: what is wrong.
+        """
+        if self.method not in METHODS or self.preset not in PRESET_CHOICES:
+            raise ConfigError(f"method {self.method!r} with preset {self.preset!r}: choose both from the lists")
+        if not 1 <= self.steps <= limits.train_steps:
+            raise ConfigError(f"steps: {self.steps}, expected 1 to {limits.train_steps}")
+        if not 1 <= self.batch_size <= 64:
+            raise ConfigError(f"pictures per step: {self.batch_size}, expected 1 to 64")
+        for text in (self.instance_prompt, self.class_prompt, self.preview_prompt):
+            if len(text) > limits.characters:
+                raise ConfigError(f"a prompt has {len(text)} characters, expected at most {limits.characters}")
+
+    def config(self, pipeline: DiffusionPipeline, source: str, output_dir: Path, limits: Limits) -> DreamBoothConfig:
+        """The settings of the run.
+
+        Args:
+            pipeline: the base, for its family and the size of its pictures.
+            source: folder or hub id of the base.
+            output_dir: folder of the run; the pictures are in its folder "pictures".
+            limits: what may be asked for.
+
+        Raises:
+            ConfigError: what is wrong.
+        """
+        self.check(limits)
+        preset = PRESETS.get(self.preset, {})
+        if preset.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
+            raise ConfigError(f"preset {self.preset} computes in float16, which needs a GPU: choose another")
+        return self._config(pipeline, source, output_dir, preset)
+
+    def _config(self, pipeline: DiffusionPipeline, source: str, output_dir: Path, preset: Mapping) -> DreamBoothConfig:
+        settings = dict(preset) | self._method_settings() | {
+            "pretrained_model_name_or_path": source,
+            "instance_data_dir": str(output_dir / "pictures"),
+            "instance_prompt": self.instance_prompt.strip(),
+            "output_dir": str(output_dir),
+            "resolution": native_size(pipeline),
+            "center_crop": True,
+            "max_train_steps": int(self.steps),
+            "learning_rate": float(self.learning_rate),
+            "text_encoder_lr": float(self.learning_rate) / 10 if preset.get("train_text_encoder", True) else None,
+            "lr_scheduler": "cosine",
+            "seed": int(self.seed),
+            "validation_prompt": self.preview_prompt.strip() or self.instance_prompt.strip(),
+            "num_validation_images": 2,
+            "validation_steps": max(1, int(self.steps) // 4),
+            "checkpointing_steps": max(50, int(self.steps) // 4),
+            "checkpoints_total_limit": 1,
+        }  # fmt: skip
+        settings.setdefault("train_batch_size", int(self.batch_size))
+        if self.class_prompt.strip():
+            settings |= {
+                "with_prior_preservation": True,
+                "class_prompt": self.class_prompt.strip(),
+                "class_data_dir": str(output_dir / "class_pictures"),
+                "num_class_images": CLASS_PICTURES,
+            }
+        sdxl = len(family_of(type(pipeline).__name__).text_encoders) > 1
+        return (DreamBoothXLConfig if sdxl else DreamBoothConfig)(**settings)
+
+    def _method_settings(self) -> dict:
+        settings: dict = {"method": self.method}
+        if self.method in RANKED:
+            settings["rank"] = int(self.rank)
+        if self.method == "cersa":
+            if self.memory_budget.strip():
+                settings["memory_budget"] = self.memory_budget.strip()
+            else:
+                settings["alpha"] = float(self.alpha)
+            if self.beta < self.alpha:
+                settings["beta"] = float(self.beta)
+        return settings
+
+    def plan(self, pipeline: DiffusionPipeline, source: str, limits: Limits) -> str:
+        """What the training keeps in memory, beside LoRA and full fine-tuning, as a table.
+
+        Args:
+            pipeline: the untouched base, leased.
+            source: folder or hub id of the base.
+            limits: what may be asked for.
+
+        Raises:
+            ConfigError: settings that cannot work.
+        """
+        self.check(limits)
+        config = self._config(pipeline, source, Path("planned"), PRESETS.get(self.preset, {}))
+        method = METHODS[config.method](config)
+        encoders = config.family.text_encoders if config.train_text_encoder else ()
+        components = {name: getattr(pipeline, name) for name in ("unet", *encoders)}
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
+        pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+        tokens = _tokens(pipeline, pictures, config.resolution)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            uses = planned_memory(config, method, components, dtype=dtype, tokens=tokens)
+        return memory_table(uses, config, dtype)
+
+
+@lru_cache(maxsize=32)
+def _tokens(pipeline: DiffusionPipeline, pictures: int, resolution: int) -> dict:
+    return pipeline_tokens(pipeline, pictures, resolution)
+
+
+def native_size(pipeline: DiffusionPipeline) -> int:
+    """Width and height in pixels of the pictures that a base was made for."""
+    return pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)

@@ -1,0 +1,110 @@
+"""Files from visitors: checked before anything of them is decoded, kept under names that the page chooses."""
+
+import secrets
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
+from cersa_diffusion.errors import AdapterFormatError, ConfigError
+from cersa_diffusion.training.pictures import load_picture, picture_fault
+from gradio_app.settings import Limits
+
+# Decoders of rare formats are where image libraries break.
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
+
+
+def save_pictures(paths: Sequence[str], folder: Path, limits: Limits) -> list[Path]:
+    """Writes uploaded pictures anew, as 00.png, 01.png, ...: upright, 8 bit, without metadata.
+
+    Args:
+        paths: where the uploads lie.
+        folder: is made; nothing is left of it when a picture is refused.
+        limits: number, bytes and pixels.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: too few, too many, too large, or not a picture; the message names the picture by its number.
+    """
+    if not limits.fewest_pictures <= len(paths) <= limits.most_pictures:
+        raise ConfigError(f"{len(paths)} pictures: expected {limits.fewest_pictures} to {limits.most_pictures}")
+    for number, path in enumerate(paths, start=1):
+        _check_picture(Path(path), f"picture {number} ({shown_name(path)})", limits)
+    folder.mkdir(parents=True)
+    written = []
+    for number, path in enumerate(paths):
+        written.append(folder / f"{number:02d}.png")
+        load_picture(Path(path)).save(written[-1])
+    return written
+
+
+def _check_picture(path: Path, name: str, limits: Limits) -> None:
+    size = path.stat().st_size
+    if size > limits.picture_bytes:
+        raise ConfigError(f"{name} has {size / 2**20:.0f} MiB, expected at most {limits.picture_bytes / 2**20:.0f}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Reads the header alone.
+            with Image.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{name} is not a PNG, JPEG or WebP picture") from error
+    except Image.DecompressionBombError:
+        width = height = Image.MAX_IMAGE_PIXELS
+    if width * height > limits.picture_pixels:
+        raise ConfigError(
+            f"{name} has more than {limits.picture_pixels / 1e6:g} million pixels when it is opened: make it smaller"
+        )
+    fault = picture_fault(path)
+    if fault is not None:
+        raise ConfigError(f"{name}: {fault}")
+
+
+def read_upload(path: str, limits: Limits) -> AdapterFile:
+    """Reads and checks an uploaded adapter.
+
+    Args:
+        path: where the upload lies.
+        limits: its size.
+
+    Raises:
+        ConfigError: not a .safetensors file, or too large.
+        AdapterFormatError: not an adapter, or damaged.
+    """
+    file = Path(path)
+    if file.suffix.lower() != ".safetensors":
+        raise ConfigError(f"{shown_name(path)}: expected a .safetensors file, nothing else is opened")
+    size = file.stat().st_size
+    if size > limits.adapter_bytes:
+        raise ConfigError(
+            f"{shown_name(path)} has {size / 2**20:.0f} MiB, expected at most {limits.adapter_bytes / 2**20:.0f}"
+        )
+    try:
+        return read_adapter_file(file)
+    except AdapterFormatError as error:
+        # The visitor knows the file by its name, not by where the server keeps it.
+        raise AdapterFormatError(str(error).replace(path, shown_name(path))) from error
+
+
+def keep(path: str, folder: Path) -> Path:
+    """Copies a checked upload to a name of the page's own.
+
+    Args:
+        path: where the upload lies.
+        folder: a private folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"{secrets.token_hex(8)}.safetensors"
+    kept.write_bytes(Path(path).read_bytes())
+    return kept
+
+
+def shown_name(path: str) -> str:
+    """What messages call an upload: the last part of its name, short."""
+    return Path(path).name[:60]

@@ -1,0 +1,61 @@
+"""The card beside a result, and an upload that fails before the training if it can."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+
+from cersa_diffusion import ConfigError
+from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
+from cersa_diffusion.training.publish import Publication
+
+
+def test_the_card_says_how_to_use_the_result(small_settings):
+    settings = small_settings | {"validation_prompt": "a sks cat on the moon", "num_validation_images": 2}
+    result = train_dreambooth(DreamBoothConfig(**settings), [])
+    card = ModelCard.load(Path(result.output_dir) / "README.md")
+    assert card.data.instance_prompt == "a sks cat" and "cersa" in card.data.tags
+    assert (Path(result.output_dir) / card.data.widget[0]["output"]["url"]).is_file()
+    (code,) = card.text.split("```python")[1:]
+    assert "./pytorch_cersa_weights.safetensors" in code and str(result.output_dir) not in code
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as making a repository takes."""
+
+    def do_POST(self):
+        self.server.requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        known = self.headers.get("Authorization") == "Bearer good"
+        body = json.dumps({"url": f"{self.server.address}/someone/run"} if known else {"error": "no"}).encode()
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.address = [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("cersa_diffusion.training.publish.HfApi", lambda token: HfApi(endpoint=server.address, token=token))
+    yield server
+    server.shutdown()
+
+
+def test_an_upload_that_is_not_allowed_is_refused_before_the_training(small_settings, hub):
+    with pytest.raises(ConfigError, match="push_to_hub: repository run cannot be made"):
+        train_dreambooth(DreamBoothConfig(**small_settings, push_to_hub=True, hub_token="bad"), [])
+    assert not Path(small_settings["output_dir"]).exists()
+
+
+def test_the_repository_is_made_under_the_name_of_the_folder(small_settings, hub):
+    publication = Publication.begin(DreamBoothConfig(**small_settings, push_to_hub=True, hub_token="good"))
+    assert publication.repository == "someone/run"
+    assert hub.requests[0][0] == "/api/repos/create" and hub.requests[0][1]["name"] == "run"
