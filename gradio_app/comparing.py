@@ -210,9 +210,7 @@ class Scorer:
             return clipscore_torchmetrics([picture], [prompt], self._model)[0]
 
 
-def draw(
-    comparison: Comparison, base: Base, runs: Sequence[Run | None], store: PipelineStore, scorer: Scorer
-) -> Iterator[Drawn]:
+def draw(comparison: Comparison, base: Base, runs: Sequence[Run | None], store: PipelineStore, scorer: Scorer) -> Iterator[Drawn]:
     """The pictures of a comparison, column by column, each as soon as it is finished.
 
     Args:
@@ -267,9 +265,7 @@ def set_strength(pipeline: DiffusionPipeline, run: Run, strength: float) -> None
         pipeline.set_adapters(sorted(names), [strength] * len(names))
 
 
-def _draw_one(
-    pipeline: DiffusionPipeline, comparison: Comparison, row: int, column: int, prompt: str, seed: int
-) -> Drawn:
+def _draw_one(pipeline: DiffusionPipeline, comparison: Comparison, row: int, column: int, prompt: str, seed: int) -> Drawn:
     saved, chosen = pipeline.scheduler, SCHEDULERS[comparison.scheduler]
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:

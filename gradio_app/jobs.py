@@ -1,10 +1,10 @@
 """Trainings, one at a time: a queue with places, what each one has done so far, cancelling and resuming."""
 
-import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ ENDED = ("finished", "stopped", "failed")
 # Finished jobs are remembered by their runs; their curves and previews are not kept for ever.
 MOST_REMEMBERED = 20
 MOST_PREVIEWS = 12
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,10 +100,12 @@ class JobQueue:
         self._thread: threading.Thread | None = None
         self.version = 0
 
-    def changes(self):
+    @contextmanager
+    def changes(self) -> Iterator[None]:
         """A context for changing a job; everybody who looks afterwards sees another `version`."""
-        self.version += 1
-        return self._condition
+        with self._condition:
+            self.version += 1
+            yield
 
     def restore(self, unfinished: Mapping[str, DreamBoothConfig]) -> None:
         """Lists runs that an earlier process left behind, to be resumed.

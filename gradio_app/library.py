@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
-from cersa_diffusion.errors import CersaError, ConfigError
-from cersa_diffusion.training import DreamBoothConfig
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.training import DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.methods import LORA_FILE_NAME, METHODS, CersaMethod, LoraMethod
 from cersa_diffusion.training.result import RESULT_FILE
@@ -120,8 +120,8 @@ class Library:
             if (folder / RESULT_FILE).exists() or not list_checkpoints(folder):
                 continue
             try:
-                found[name] = DreamBoothConfig(**read_settings(folder / SETTINGS_FILE) | {"output_dir": str(folder)})
-            except (CersaError, TypeError) as error:
+                found[name] = _read_config(folder)
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 _log.warning("%s is not offered to be resumed: %s", folder, error)
         return found
 
@@ -133,6 +133,13 @@ class Library:
                     if path.resolve().is_relative_to(runs_dir.resolve()):
                         name = path.parent.relative_to(runs_dir).as_posix()
                         yield (f"{name} ({number + 1})" if number else name), path.parent
+
+
+def _read_config(folder: Path) -> DreamBoothConfig:
+    settings = read_settings(folder / SETTINGS_FILE, DreamBoothXLConfig) | {"output_dir": str(folder)}
+    index = Path(settings["pretrained_model_name_or_path"]) / PIPELINE_FILE
+    sdxl = index.is_file() and json.loads(index.read_text()).get("_class_name") == "StableDiffusionXLPipeline"
+    return (DreamBoothXLConfig if sdxl else DreamBoothConfig)(**settings)
 
 
 def _read_run(name: str, folder: Path, names: dict[str, str]) -> Run | None:

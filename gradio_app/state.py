@@ -34,7 +34,7 @@ class App:
     def of(cls, settings: AppSettings) -> "App":
         """Everything that the settings come to; what was interrupted before can be resumed."""
         library = Library(settings.models_dirs, settings.runs_dirs, settings.bases)
-        hidden = {folder: "uploads" for folder in (settings.work_dir,)}
+        hidden = {settings.work_dir: "uploads"}
         hidden |= {folder: f"models/{folder.name}" for folder in settings.models_dirs}
         hidden |= {folder: f"runs/{folder.name}" for folder in settings.runs_dirs}
         messages = Messages(hidden)

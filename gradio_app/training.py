@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,6 +22,8 @@ PRESET_CHOICES = [NO_PRESET, *PRESETS]
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "pissa": 3e-4, "dora": 1e-3, "svfit": 1e-2, "svft": 1e-2, "full": 3e-4}
 RANKED = ("lora", "pissa", "dora")
 CLASS_PICTURES = 24
+# (base, pictures, resolution) -> what its layers are given in a step.
+_COUNTED: dict[tuple[str, int, int], dict] = {}
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ class TrainForm:
                 settings["memory_budget"] = self.memory_budget.strip()
             else:
                 settings["alpha"] = float(self.alpha)
-            if self.beta < self.alpha:
-                settings["beta"] = float(self.beta)
+                settings["beta"] = float(self.beta) if self.beta < self.alpha else None
         return settings
 
     def plan(self, pipeline: DiffusionPipeline, source: str, limits: Limits) -> str:
@@ -152,16 +152,19 @@ class TrainForm:
         components = {name: getattr(pipeline, name) for name in ("unet", *encoders)}
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
         pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-        tokens = _tokens(pipeline, pictures, config.resolution)
+        tokens = _tokens(pipeline, source, pictures, config.resolution)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             uses = planned_memory(config, method, components, dtype=dtype, tokens=tokens)
         return memory_table(uses, config, dtype)
 
 
-@lru_cache(maxsize=32)
-def _tokens(pipeline: DiffusionPipeline, pictures: int, resolution: int) -> dict:
-    return pipeline_tokens(pipeline, pictures, resolution)
+def _tokens(pipeline: DiffusionPipeline, source: str, pictures: int, resolution: int) -> dict:
+    # Not lru_cache: that would keep the pipelines in memory.
+    key = (source, pictures, resolution)
+    if key not in _COUNTED:
+        _COUNTED[key] = pipeline_tokens(pipeline, pictures, resolution)
+    return _COUNTED[key]
 
 
 def native_size(pipeline: DiffusionPipeline) -> int:

@@ -82,9 +82,7 @@ def read_upload(path: str, limits: Limits) -> AdapterFile:
         raise ConfigError(f"{shown_name(path)}: expected a .safetensors file, nothing else is opened")
     size = file.stat().st_size
     if size > limits.adapter_bytes:
-        raise ConfigError(
-            f"{shown_name(path)} has {size / 2**20:.0f} MiB, expected at most {limits.adapter_bytes / 2**20:.0f}"
-        )
+        raise ConfigError(f"{shown_name(path)} has {size / 2**20:.0f} MiB, expected at most {limits.adapter_bytes / 2**20:.0f}")
     try:
         return read_adapter_file(file)
     except AdapterFormatError as error:

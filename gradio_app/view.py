@@ -49,9 +49,7 @@ def comparison_table(
         drawn: (row, column) -> picture.
         notes: what stands below the pictures of a column: the size of its file.
     """
-    head = "".join(
-        f'<th scope="col">{html.escape(title)}<small>{html.escape(about)}</small></th>' for title, about in headings
-    )
+    head = "".join(f'<th scope="col">{html.escape(title)}<small>{html.escape(about)}</small></th>' for title, about in headings)
     body = ""
     for row, (prompt, seed) in enumerate(rows):
         body += f'<tr><th scope="rowgroup" colspan="{len(headings)}">{html.escape(prompt)} <small>seed {seed}</small></th></tr>'
@@ -71,7 +69,7 @@ def _cell(drawn: Drawn | None, prompt: str, seed: int, title: str, note: str) ->
         return '<div class="waiting" aria-label="not drawn yet"></div>'
     score = "not scored" if drawn.score is None else f"CLIPScore <b>{drawn.score:.1f}</b>"
     memory = f"{size_text(drawn.memory)} memory"
-    facts = " · ".join([score, f"{drawn.seconds:.1f} s", *([html.escape(note)] if note else []), memory])
+    facts = "<br>".join([f"{score} · {drawn.seconds:.1f} s", *([html.escape(note)] if note else []), memory])
     picture = image_tag(drawn.picture, f"{prompt}, seed {seed}, by {title}")
     return f"<figure>{picture}<figcaption>{facts}</figcaption></figure>"
 

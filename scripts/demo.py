@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from cersa_diffusion.training.pictures import load_picture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
-SUBJECT = REPOSITORY / "assets" / "subjects" / "fluent-cat"
+SUBJECTS = REPOSITORY / "assets" / "subjects"
 # Of the rates tried (README names them) the better ones; the text encoder learns at a tenth.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
@@ -40,21 +41,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo"), help="folder for everything; emptied first unless --redraw"
     )
+    names = sorted(path.name for path in SUBJECTS.iterdir())
+    parser.add_argument("--subject", choices=names, default="fluent-cat", help="what is learned")
     parser.add_argument("--steps", type=int, default=300, help="training steps per method")
     parser.add_argument("--redraw", action="store_true", help="keep the trained runs of the folder, only draw and score again")
     return parser.parse_args()
 
 
 def train(method: str, subject: dict, output: Path, steps: int) -> None:
-    """Trains one method through the command line a user has."""
+    """Trains one method through the command line a user has; every picture has its caption in the subject's folder."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "scripts" / "train_dreambooth_cersa.py"),
+        # Left to itself, accelerate gives a process on a CPU a single thread.
+        "--num_cpu_threads_per_process", str(os.cpu_count()), "--mixed_precision", "no", "--dynamo_backend", "no",
+        str(REPOSITORY / "scripts" / "train_dreambooth_cersa.py"),
         "--pretrained_model_name_or_path", str(BASE), "--method", method,
-        "--instance_data_dir", str(SUBJECT / "instance"), "--instance_prompt", subject["instance_prompt"],
+        "--instance_data_dir", str(SUBJECTS / subject["name"] / "instance"), "--instance_prompt", subject["instance_prompt"],
         "--with_prior_preservation", "--class_data_dir", str(output / "class_pictures"),
         "--class_prompt", subject["class_prompt"], "--num_class_images", "48", "--sample_batch_size", "16",
-        "--resolution", "64", "--center_crop", "--train_batch_size", "4", "--max_train_steps", str(steps),
+        "--resolution", "64", "--center_crop", "--cache_latents", "--train_batch_size", "4", "--max_train_steps", str(steps),
         "--learning_rate", str(LEARNING_RATES[method]), "--text_encoder_lr", str(LEARNING_RATES[method] / 10),
         "--lr_scheduler", "cosine", "--alpha", str(ALPHA), "--rank", str(RANK),
         "--output_dir", str(output / method),
@@ -156,7 +161,8 @@ def compare(subject: dict, results: dict[str, dict]) -> tuple[dict[str, dict], d
     openers["truncated\nbase"] = truncated_base
     for method, label in TITLES.items():
         openers[label] = lambda method=method, label=label: load_result(method, Path(results[label]["weights_path"]), str(BASE))
-    references = [load_picture(SUBJECT / entry["file"]).resize((64, 64), Image.Resampling.BOX) for entry in subject["held_back"]]
+    folder = SUBJECTS / subject["name"]
+    references = [load_picture(folder / entry["file"]).resize((64, 64), Image.Resampling.BOX) for entry in subject["held_back"]]
     judge = Judge(subject, references, TransformersClip(CLIP), load_base(str(BASE)).vae)
     scores, rows, base = {}, {}, None
     for label, opener in openers.items():
@@ -177,7 +183,7 @@ def main() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output = arguments.output
-    subject = json.loads((SUBJECT / "subject.json").read_text())
+    subject = json.loads((SUBJECTS / arguments.subject / "subject.json").read_text())
     if not arguments.redraw:
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)

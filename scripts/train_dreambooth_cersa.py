@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""DreamBooth with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning, all on the same layers, for Stable Diffusion 1.x and 2.x.
+"""DreamBooth for Stable Diffusion 1.x and 2.x, with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning of the same layers.
 
 Start it with `accelerate launch`.
 """

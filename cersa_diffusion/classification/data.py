@@ -21,7 +21,7 @@ class Splits:
     """The examples of a run.
 
     Attributes:
-        train: the examples to learn, with the column `labels`.
+        train: the examples to learn, with the column `labels` (pictures in the end as `images.Pictures`).
         validation: name -> examples to evaluate on, likewise.
         label_names: the classes in the order of their numbers; None where numbers are predicted.
     """

@@ -10,8 +10,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from cersa_diffusion.comparing.cells import TRAINING_FILE, Cell, read_result, write_json
-from cersa_diffusion.comparing.engines import ENGINES, Task, check_engine, run_task
-from cersa_diffusion.comparing.preflight import read_rows
+from cersa_diffusion.comparing.engines import Engine, Task, run_in_turn
+from cersa_diffusion.comparing.preflight import read_preflight
 from cersa_diffusion.comparing.report import write_report
 from cersa_diffusion.comparing.study import BASE_ROW, Row, Study, tuning_subjects
 from cersa_diffusion.comparing.subjects import TEST, VALIDATION, Subject
@@ -19,31 +19,30 @@ from cersa_diffusion.comparing.table import Table, collect
 from cersa_diffusion.comparing.tuning import Choice, choose_rates, tuning_cells
 from cersa_diffusion.errors import ConfigError
 
-STUDY_FILE, ROWS_FILE = "study.json", "matched_rows.json"
+STUDY_FILE, PREFLIGHT_FILE = "study.json", "preflight.json"
 
 
-def compare(study: Study, output: Path, *, engine: str = "process") -> Table:
+def compare(study: Study, output: Path, *, engine: Engine = run_in_turn) -> Table:
     """Runs what is missing of a comparison and writes its table, pictures and report.
 
     Args:
         study: of `read_study`.
         output: folder for everything; one that holds a part of the same comparison is completed.
-        engine: a key of `ENGINES`.
+        engine: runs the tasks.
 
     Returns:
         The table.
 
     Raises:
-        ConfigError: an engine, a model or a folder that cannot be used, found before anything is trained.
+        ConfigError: a model or a folder that cannot be used, found before anything is trained.
         CersaError: a cell failed; the finished ones stay.
         KeyboardInterrupt: the running cells have written their checkpoints.
     """
-    check_engine(engine)
     subjects = study.read_subjects()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is a file, expected a folder")
     _check_results(study, subjects, output)
-    study = _checked_by_models(study, output)
+    study = _checked_by_models(study, output, engine)
     tuned = tuning_subjects(study, subjects)
     tuning = tuning_cells(study.rows, tuned)
     untrained, trained = ([row for row in study.rows if row.trained == flag] for flag in (False, True))
@@ -66,7 +65,10 @@ def compare(study: Study, output: Path, *, engine: str = "process") -> Table:
 def final_cells(study: Study, subjects: Mapping[str, Subject], choices: Mapping[str, Choice]) -> list[Cell]:
     """The trained cells of the table; all rows of a seed before the next seed, so that an early look compares like with like."""
     return [
-        Cell(subject, row, choice.rate, seed) for seed in range(study.seeds) for subject in subjects for row, choice in choices.items()
+        Cell(subject, row, choice.rate, seed)
+        for seed in range(study.seeds)
+        for subject in subjects
+        for row, choice in choices.items()
     ]
 
 
@@ -82,18 +84,21 @@ def _check_results(study: Study, subjects: Mapping[str, Subject], output: Path) 
                         read_result(study, cell, subject, cell.folder(output) / name)
 
 
-def _checked_by_models(study: Study, output: Path) -> Study:
+def _checked_by_models(study: Study, output: Path, engine: Engine) -> Study:
     """The study with the rows of matched memory, after one process has loaded every model; written to the output."""
     path = output / STUDY_FILE
     asked = study.to_dict()
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("asked") == asked:
         return Study.from_dict(before["study"])
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the output, where every machine that an engine uses can see it.
+    beside = next(parent for parent in output.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=".study-", dir=beside) as folder:
         write_json(Path(folder) / STUDY_FILE, asked)
-        rows = Path(folder) / ROWS_FILE
-        run_task(Task("checking the models", _command(Path(folder) / STUDY_FILE, "--preflight", str(rows)), Path(folder) / "log"))
-        study = replace(study, rows=(*study.rows, *read_rows(rows)))
+        rows = Path(folder) / PREFLIGHT_FILE
+        command = _command(Path(folder) / STUDY_FILE, "--preflight", rows)
+        list(engine([Task("checking the models", command, Path(folder) / "log.txt")]))
+        study = replace(study, rows=(*study.rows, *read_preflight(rows)))
     write_json(path, {"asked": asked, "study": study.to_dict()})
     return study
 
@@ -102,14 +107,14 @@ def _command(*arguments: Path | str) -> tuple[str, ...]:
     return (sys.executable, "-m", "cersa_diffusion.comparing.worker", *map(str, arguments))
 
 
-def _run(study: Study, output: Path, cells: Sequence[Cell], part: str, engine: str, bar: tqdm) -> None:
+def _run(study: Study, output: Path, cells: Sequence[Cell], part: str, engine: Engine, bar: tqdm) -> None:
     subjects = study.read_subjects()
     missing = [cell for cell in cells if read_result(study, cell, subjects[cell.subject], cell.result_file(output, part)) is None]
     # What was there already says nothing about the time that is left.
     bar.initial += len(cells) - len(missing)
     bar.update(len(cells) - len(missing))
     tasks = _tasks(output, missing, part)
-    for _ in ENGINES[engine](list(tasks)) if missing else ():
+    for _ in engine(list(tasks)) if missing else ():
         bar.update()
 
 

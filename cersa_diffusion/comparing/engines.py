@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,10 @@ class Task:
     name: str
     command: tuple[str, ...]
     log: Path
+
+
+# Runs tasks, and yields each when it is done.
+Engine = Callable[[Sequence[Task]], Iterator[Task]]
 
 
 def run_task(task: Task) -> None:
@@ -100,16 +104,17 @@ def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
         ray.shutdown()
 
 
-ENGINES = {"process": run_in_turn, "ray": run_with_ray}
+ENGINES: dict[str, Engine] = {"process": run_in_turn, "ray": run_with_ray}
 
 
-def check_engine(name: str) -> None:
-    """Refuses an engine that is unknown or not installed.
+def find_engine(name: str) -> Engine:
+    """The engine of this name.
 
     Raises:
-        ConfigError: naming what to do.
+        ConfigError: it is unknown, or its package is not installed.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
     if name == "ray" and not find_spec("ray"):
         raise ConfigError("engine ray needs the package ray: pip install 'cersa-diffusion[ray]', or leave --engine out")
+    return ENGINES[name]

@@ -27,7 +27,7 @@ def load_scorer(study: Study) -> Scorer:
     return Scorer.load(study.place(study.scoring.clip), [BACKEND], vision=study.place(study.scoring.vision))
 
 
-def judge(study: Study, cell: Cell, subject: Subject, part: str, pipeline: DiffusionPipeline, output: Path) -> dict[str, float]:
+def judge(study: Study, cell: Cell, subject: Subject, part: str, pipeline: DiffusionPipeline, output: Path) -> dict:
     """Draws the prompts of a part, keeps the pictures and scores them; on the test part the drift prompts, too.
 
     Args:
@@ -39,19 +39,18 @@ def judge(study: Study, cell: Cell, subject: Subject, part: str, pipeline: Diffu
         output: folder of the comparison.
 
     Returns:
-        Measure -> value.
+        "measures", by name, and "vision", what the features of the vision transformer are called.
     """
     prompts, scorer = subject.parts[part], load_scorer(study)
     samples = _drawn(study, cell, part, prompts.prompts, pipeline, output)
     references = [load_picture(path) for path in subject.references(part)]
     drift = _drift(study, cell, subject, pipeline, output) if part == TEST and subject.drift_prompts else None
     scored = [replace(sample, prompt=without_token(sample.prompt, study.unique_token)) for sample in samples]
-    means = dict(scorer.evaluate(scored, references, drift).means)
-    vision = scorer.vision.label.lower().replace(" ", "_")
-    measures = {_measure(name, vision): value for name, value in means.items()}
+    means = scorer.evaluate(scored, references, drift).means
+    measures = {_measure(name, scorer.vision.label.lower().replace(" ", "_")): value for name, value in means.items()}
     if prompts.held_back:
         measures["distance"] = round(_distance(samples, prompts.held_back, pipeline), DIGITS)
-    return measures
+    return {"measures": measures, "vision": scorer.vision.label}
 
 
 def _measure(name: str, vision: str) -> str:

@@ -1,6 +1,7 @@
 """What only the models can tell, before the first training: that they load, that prompts fit, which ranks take the same bytes."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from cersa_diffusion.comparing.cells import write_json
 from cersa_diffusion.comparing.judging import load_scorer
 from cersa_diffusion.comparing.study import Row, Study
 from cersa_diffusion.config import parse_bytes
-from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.errors import CersaError, ConfigError
 from cersa_diffusion.inject import match_targets
 from cersa_diffusion.memory import lora_memory
 from cersa_diffusion.metrics.prompts import without_token
@@ -26,11 +27,27 @@ from cersa_diffusion.training.optimizers import optimizer_name
 
 
 def preflight(study: Study, path: Path) -> None:
-    """Loads everything once, and writes the rows that matched memory adds.
+    """Loads everything once; writes the rows that matched memory adds, and what there is to warn of, or the error.
 
     Args:
         study: the comparison.
-        path: file for the rows, as JSON.
+        path: file for that, as JSON.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            found = {"rows": [vars(row) for row in check_models(study)]}
+        except CersaError as error:
+            found = {"error": str(error)}
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    write_json(path, found | {"warnings": list(dict.fromkeys(said))})
+
+
+def check_models(study: Study) -> list[Row]:
+    """Loads base and scoring models; returns the rows of matched memory.
+
+    Args:
+        study: the comparison.
 
     Raises:
         CersaError: a model cannot be loaded, or the bytes of matched memory cannot be met.
@@ -40,8 +57,8 @@ def preflight(study: Study, path: Path) -> None:
     prompts = [prompt for subject in subjects.values() for part in subject.parts.values() for prompt in part.prompts]
     for clip in scorer.clips.values():
         clip.warn_of_truncation([without_token(prompt, study.unique_token) for prompt in prompts])
-    rows = matched_rows(study, base, study.config(Row("cersa", "cersa"), next(iter(subjects.values())), class_data_dir="-"))
-    write_json(path, [vars(row) for row in rows])
+    config = study.config(Row("cersa", "cersa"), next(iter(subjects.values())), class_data_dir="class_pictures")
+    return matched_rows(study, base, config)
 
 
 def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig) -> list[Row]:
@@ -102,7 +119,15 @@ def _highest_rank(lora_bytes: Callable[[int], int], budget: int) -> int:
     return rank
 
 
-def read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows that a preflight wrote."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(Row(**entry | {"learning_rates": tuple(entry["learning_rates"])}) for entry in entries)
+def read_preflight(path: Path) -> tuple[Row, ...]:
+    """The rows that a preflight wrote; repeats its warnings.
+
+    Raises:
+        ConfigError: what the preflight found wrong.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for message in found["warnings"]:
+        warnings.warn(message, stacklevel=2)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return tuple(Row(**entry | {"learning_rates": tuple(entry["learning_rates"])}) for entry in found["rows"])

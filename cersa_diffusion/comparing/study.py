@@ -21,6 +21,8 @@ else:
 
 BASE_ROW = "base"
 UNTRAINED = ("base", "truncated")
+# What `--rows` calls the two rows of matched memory, whose settings only the models can tell.
+MATCHED = "matched"
 # What the study says itself, so that it is the same for all rows or differs by cell; not for its [training] table.
 _OWN = {"pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "dataset_name", "class_data_dir", "class_prompt",
         "output_dir", "seed", "method", "learning_rate", "text_encoder_lr", "resume_from_checkpoint",
@@ -242,8 +244,11 @@ def _changed(study: Study, *, subjects=None, rows=None, seeds=None, steps=None, 
         study = replace(study, subjects=tuple(by_name[name] for name in _some(subjects, by_name, "subjects")))
     if rows is not None:
         by_name = {row.name: row for row in study.rows}
-        chosen = dict.fromkeys([BASE_ROW, *_some(rows, by_name, "rows")])
-        study = replace(study, rows=tuple(by_name[name] for name in chosen))
+        chosen = dict.fromkeys(
+            [BASE_ROW, *_some(rows, by_name | dict.fromkeys([MATCHED] if study.matched_memory else []), "rows")]
+        )
+        matched = study.matched_memory if MATCHED in chosen else None
+        study = replace(study, rows=tuple(by_name[name] for name in chosen if name in by_name), matched_memory=matched)
     if seeds is not None:
         study = replace(study, seeds=seeds)
     if steps is not None:
@@ -259,7 +264,9 @@ def _row(name: str, entry: object) -> Row:
     entry = dict(_dict(entry, f"rows.{name}"))
     method, rates = entry.pop("method", None), entry.pop("learning_rates", None)
     if not isinstance(method, str) or method == BASE_ROW or name == BASE_ROW:
-        raise ConfigError(f"row {name}: method is {method!r}, expected one of the trainer's or 'truncated'; the base is a row anyway")
+        raise ConfigError(
+            f"row {name}: method is {method!r}, expected one of the trainer's or 'truncated'; the base is a row anyway"
+        )
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(f"row {name!r} names a folder: expected letters, digits and . _ - + = @, no dot in front")
     for setting in entry:

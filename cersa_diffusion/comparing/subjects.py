@@ -113,7 +113,9 @@ def _prompts(entries: object, name: str, folder: Path) -> list[str]:
 
 
 def _held_back(entries: object, folder: Path) -> dict[str, Path]:
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"prompt", "file"} <= set(entry) for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and {"prompt", "file"} <= set(entry) for entry in entries
+    ):
         raise ConfigError(f"subject {folder}: held_back has to be a list of objects with prompt and file")
     held_back = {entry["prompt"]: folder / entry["file"] for entry in entries}
     if len(held_back) != len(entries):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cersa_diffusion.comparing.cells import TRAINING_FILE, Cell, read_result, write_atomically, write_json
+from cersa_diffusion.comparing.cells import TRAINING_FILE, Cell, base_cell, read_result, write_atomically, write_json
 from cersa_diffusion.comparing.study import Study
 from cersa_diffusion.comparing.subjects import TEST, Subject
 from cersa_diffusion.comparing.tuning import Choice
@@ -222,12 +222,9 @@ def collect(study: Study, subjects: Mapping[str, Subject], choices: Mapping[str,
         }
         lines.append(_line(row.name, ALL, rate, [cell for cells in by_subject.values() for cell in cells]))
         lines += [_line(row.name, name, rate, cells) for name, cells in by_subject.items()]
-    return Table(lines, study_vision(study), choices)
-
-
-def study_vision(study: Study) -> str:
-    """What the features of the study's vision transformer are called."""
-    return "DINO" if "dino" in Path(study.scoring.vision).name.lower() else "ViT features"
+    name, subject = next(iter(subjects.items()))
+    vision = read_result(study, base_cell(name), subject, base_cell(name).result_file(output, TEST))["vision"]
+    return Table(lines, vision, choices)
 
 
 def _values(study: Study, cell: Cell, subject: Subject, output: Path) -> dict[str, float] | None:

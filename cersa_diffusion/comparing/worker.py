@@ -149,7 +149,7 @@ def run_cell(study: Study, cell: Cell, part: str, output: Path) -> None:
             outcome = {"failed": str(error)}
         else:
             pipeline.set_progress_bar_config(disable=True)
-            outcome = {"measures": judge(study, cell, subject, part, pipeline.to(scoring_device(None)), output)}
+            outcome = judge(study, cell, subject, part, pipeline.to(scoring_device(None)), output)
         write_json(path, outcome | {"made_with": cell_settings(study, cell, subject)})
 
 

@@ -97,3 +97,10 @@ class ProgressBar(TrainingCallback):
         self._bar.update()
         if progress.step == progress.total_steps:
             self._bar.close()
+
+    def on_preview(self, step: int, pictures: Sequence[Image.Image]) -> None:
+        # The time of previews and checkpoints says nothing about that of the steps to come.
+        self._bar.unpause()
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._bar.unpause()

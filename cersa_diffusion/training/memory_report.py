@@ -1,8 +1,10 @@
 """What the training of a method will keep in memory, beside LoRA and full fine-tuning of the same layers, before it begins."""
 
+import re
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -95,5 +97,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, or on a CPU the most that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        # getrusage would also count what the process that started this one held at that moment.
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

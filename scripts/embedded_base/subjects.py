@@ -230,7 +230,7 @@ def draw_picture(folders: Folders, subject: Subject, entry: Entry) -> Image.Imag
 
 
 def write_subject(folders: Folders, subject: Subject) -> None:
-    """Write one subject: pictures to learn, held-back pictures, prompts and licence.
+    """Write one subject: pictures to learn, held-back pictures, captions, prompts and licence.
 
     Args:
         folders: Where the build works.
@@ -253,6 +253,9 @@ def write_subject(folders: Folders, subject: Subject) -> None:
                     "plain_prompt": subject.prompt(f"sks {subject.word}", entry.colour),
                 }
             )
+    captions = [{"file_name": Path(entry["file"]).name, "text": entry["prompt"]} for entry in pictures["instance"]]
+    # Where the trainer looks for captions.
+    (target / "instance" / "metadata.jsonl").write_text("".join(json.dumps(caption) + "\n" for caption in captions))
     phrases = [subject.prompt(words, colour) for words, colour in zip(subject.phrases, ("white", "pink"), strict=False)]
     backgrounds = [subject.prompt(f"sks {subject.word}", colour) for colour in EVALUATION_COLOURS]
     description = {

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""A page to compare, train and inspect CERSA adapters in a browser."""
+
+import argparse
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Python puts the folder of the script on its path; the package is one above.
+sys.path[0] = str(REPOSITORY)
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        action="append",
+        help="folder of pipelines to offer as bases; may be repeated (default: assets)",
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, action="append", help="folder of trained runs; new ones go into the first (default: outputs/app)"
+    )
+    parser.add_argument(
+        "--base", action="append", default=[], help="a further base: path or hub id of a diffusers checkpoint; may be repeated"
+    )
+    parser.add_argument(
+        "--clip",
+        default=str(REPOSITORY / "assets" / "emoji-clip"),
+        help="folder or hub id of the CLIP that scores; 'none': do not score",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated")
+    parser.add_argument("--device", help="where pictures are drawn (default: cuda if there is one)")
+    parser.add_argument("--max-pipelines", type=int, default=4, help="pipelines held in memory at most")
+    arguments = parser.parse_args(argv)
+    for pair in arguments.auth:
+        user, _, password = pair.partition(":")
+        if not user or not password:
+            parser.error("--auth takes USER:PASSWORD, neither of them empty")
+    return arguments
+
+
+def main() -> None:
+    """Starts the page and waits."""
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    work_dir = Path(tempfile.mkdtemp(prefix="cersa-app-"))
+    atexit.register(shutil.rmtree, work_dir, ignore_errors=True)
+    # Before Gradio is imported: uploads are kept in a folder of this process alone.
+    os.environ["GRADIO_TEMP_DIR"] = str(work_dir / "gradio")
+
+    import torch
+
+    from gradio_app.page import build_page, serve
+    from gradio_app.settings import AppSettings
+    from gradio_app.state import App
+
+    app = App.of(
+        AppSettings(
+            models_dirs=tuple(arguments.models_dir or [REPOSITORY / "assets"]),
+            runs_dirs=tuple(arguments.runs_dir or [Path("outputs/app")]),
+            work_dir=work_dir,
+            bases=tuple(arguments.base),
+            clip=None if arguments.clip == "none" else arguments.clip,
+            max_pipelines=arguments.max_pipelines,
+            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+    )
+    if arguments.host not in LOCAL and not arguments.auth:
+        logging.warning("everybody who reaches %s can use this page: add --auth USER:PASSWORD", arguments.host)
+    print(f"open http://{arguments.host}:{arguments.port} (Ctrl-C to end)", flush=True)
+    auth = [(user, password) for user, _, password in (pair.partition(":") for pair in arguments.auth)]
+    serve(build_page(app), app, host=arguments.host, port=arguments.port, auth=auth)
+
+
+if __name__ == "__main__":
+    main()

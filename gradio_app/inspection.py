@@ -1,0 +1,133 @@
+"""What the Inspect tab shows of a base: spectra, ranks, and memory against alpha, all from the package's own plans."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
+
+from cersa_diffusion import CersaConfig, MemoryPlan, plan_memory
+from cersa_diffusion.budget import TargetLayer, survey
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families import family_of
+from cersa_diffusion.inject import match_targets
+from cersa_diffusion.memory import cersa_memory
+from cersa_diffusion.plan_report import plot_plan
+from cersa_diffusion.training.base import default_targets
+
+# Figures are drawn to files, from threads that have no display.
+matplotlib.use("agg")
+ALPHAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
+WIDTH, HEIGHT = 9.0, 4.2
+
+
+def plan_of(pipeline: DiffusionPipeline, alpha: float, lora_rank: int) -> MemoryPlan:
+    """The plan of a base: all linear layers of its UNet, the attention of its text encoders.
+
+    Args:
+        pipeline: the untouched base, leased.
+        alpha: share of energy that is kept.
+        lora_rank: of the LoRA beside it.
+    """
+    components, configs = _targets(pipeline, alpha)
+    return plan_memory(components, configs, lora_rank=lora_rank, weight_dtype=torch.float32, show_progress=False)
+
+
+def _targets(pipeline: DiffusionPipeline, alpha: float) -> tuple[dict, dict[str, CersaConfig]]:
+    names = ("unet", *family_of(type(pipeline).__name__).text_encoders)
+    configs = {name: CersaConfig(alpha=alpha, target_modules=default_targets(name)) for name in names}
+    return {name: getattr(pipeline, name) for name in names}, configs
+
+
+def surveyed(pipeline: DiffusionPipeline) -> list[TargetLayer]:
+    """The target layers with their spectra.
+
+    Args:
+        pipeline: the untouched base, leased.
+    """
+    components, configs = _targets(pipeline, CersaConfig.alpha)
+    targets = {
+        f"{component}.{name}": (layer, configs[component])
+        for component, model in components.items()
+        for name, layer in match_targets(model, configs[component].target_modules).items()
+    }
+    return survey(components, targets, weight_dtype=torch.float32, show_progress=False)
+
+
+def draw_ranks(plan: MemoryPlan, path: Path) -> None:
+    """Writes the figure of `cersa plan --plot`: ranks by layer at five alphas and as planned, and compression."""
+    plot_plan(plan, path)
+
+
+def draw_spectra(plan: MemoryPlan, kind: str, alpha: float, path: Path) -> None:
+    """Writes the energy that the leading components of the layers of a kind hold.
+
+    Args:
+        plan: of the base.
+        kind: "component kind", as `MemoryPlan.by_kind` names it.
+        alpha: is marked.
+        path: PNG file.
+
+    Raises:
+        ConfigError: no layers of this kind.
+    """
+    layers = plan.by_kind().get(kind)
+    if layers is None:
+        raise ConfigError(f"no layers of kind {str(kind)!r}: choose one from the list")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    energy, values = figure.subplots(1, 2)
+    for number, layer in enumerate(layers):
+        spectrum = plan.spectra[layer.name].double().cpu()
+        share = np.arange(1, len(spectrum) + 1) / len(spectrum)
+        colour = matplotlib.colormaps["viridis"](number / max(1, len(layers) - 1))
+        energy.plot(share, (spectrum.square().cumsum(0) / spectrum.square().sum()).numpy(), color=colour, linewidth=1)
+        values.semilogy(share, (spectrum / spectrum[0]).clamp_min(1e-6).numpy(), color=colour, linewidth=1)
+    energy.axhline(alpha, color="gray", linestyle="--", label=f"alpha = {alpha:g}")
+    energy.set(title=f"energy kept, {kind} ({len(layers)} layers)", xlabel="k / full rank", ylabel="share of squared energy")
+    values.set(
+        title="singular values, first to last layer: dark to light", xlabel="k / full rank", ylabel="relative to the first"
+    )
+    energy.legend()
+    figure.savefig(path, dpi=110)
+
+
+def memory_by_alpha(layers: list[TargetLayer]) -> dict[float, int]:
+    """Alpha -> bytes of the target layers in training under CERSA with AdamW, saved activations left out.
+
+    Args:
+        layers: of `surveyed`.
+    """
+    sizes = {}
+    for alpha in ALPHAS:
+        configs = [replace(layer.config, alpha=alpha) for layer in layers]
+        sizes[alpha] = sum(
+            cersa_memory(layer.dense, config.layer_ranks(layer.spectrum), config).total
+            for layer, config in zip(layers, configs, strict=True)
+        )
+    return sizes
+
+
+def draw_memory(plan: MemoryPlan, sizes: dict[float, int], alpha: float, path: Path) -> None:
+    """Writes the figure of memory against alpha, beside LoRA and full fine-tuning of the same layers.
+
+    Args:
+        plan: at `alpha`.
+        sizes: of `memory_by_alpha`.
+        alpha: is marked.
+        path: PNG file.
+    """
+    totals = plan.totals()["target_layers"]
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(sizes), [size / 2**20 for size in sizes.values()], marker=".", label="CERSA")
+    axes.plot([alpha], [totals["cersa"].total / 2**20], marker="o", color="C0", markersize=9)
+    axes.axhline(totals["lora"].total / 2**20, color="C1", linestyle="--", label=f"LoRA r={plan.lora_rank}")
+    axes.axhline(totals["full"].total / 2**20, color="C2", linestyle=":", label="full fine-tuning")
+    axes.set(
+        title="weights, gradients and AdamW of the target layers", xlabel="alpha (= beta)", ylabel="MiB", ylim=(0, None)
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=110)

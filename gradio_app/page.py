@@ -1,0 +1,87 @@
+"""The page as a whole: its tabs, its look, and how it is served."""
+
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from gradio_app.guard import Guard
+from gradio_app.state import App
+from gradio_app.tabs.compare import CompareTab
+from gradio_app.tabs.inspect import InspectTab
+from gradio_app.tabs.train import TrainTab
+
+INTRODUCTION = """# CERSA
+Personalise a text-to-image model inside the principal subspace of its layers, and see it beside LoRA and full fine-tuning."""
+# No fonts or scripts from elsewhere: the page works without a network, and nobody is told that it was opened.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    # The stock grey of hints is too light to be read.
+    block_info_text_color="*neutral_600",
+    body_text_color_subdued="*neutral_600",
+)
+# Seconds: how often old uploads and downloads are looked for, and how old they become.
+CACHE_SECONDS = (3600, 24 * 3600)
+
+
+def build_page(app: App) -> gr.Blocks:
+    """The page.
+
+    Args:
+        app: what is behind it.
+    """
+    with gr.Blocks(title="CERSA", analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                compare = CompareTab(app)
+            with gr.Tab("Train", id="train"):
+                train = TrainTab(app)
+            with gr.Tab("Inspect", id="inspect"):
+                InspectTab(app)
+        # A finished training is a column at once, in every open page.
+        train.timer.tick(
+            compare.refresh_columns,
+            [compare.known_runs, compare.fields.base, compare.fields.columns, compare.uploaded],
+            [compare.known_runs, compare.fields.columns],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        page.load(compare.from_address, compare.uploaded, compare.shared(), show_progress="hidden", api_visibility="private")
+    return page
+
+
+def serve(page: gr.Blocks, app: App, *, host: str, port: int | None, auth: list[tuple[str, str]], block: bool = True):
+    """Starts the server.
+
+    Args:
+        page: of `build_page`.
+        app: what is behind it.
+        host: address to listen on.
+        port: its port; None: a free one.
+        auth: (user, password) pairs; empty: everybody who reaches the address.
+        block: wait until the server ends.
+
+    Returns:
+        The application, its local address and its public one, as Gradio's `launch` does.
+    """
+    limits = app.settings.limits
+    return page.queue(default_concurrency_limit=2, max_size=64).launch(
+        server_name=host,
+        server_port=port,
+        auth=auth or None,
+        prevent_thread_lock=not block,
+        theme=THEME,
+        css=(Path(__file__).parent / "style.css").read_text(),
+        # Nothing but what the page itself has put into its cache is served.
+        allowed_paths=[],
+        blocked_paths=[str(path) for path in (*app.settings.models_dirs, *app.settings.runs_dirs)],
+        max_file_size=limits.adapter_bytes,
+        app_kwargs={"middleware": [Middleware(Guard, most_bytes=limits.request_bytes)]},
+        show_error=False,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        footer_links=[],
+        quiet=True,
+    )

@@ -1,0 +1,78 @@
+"""The Inspect tab: where the ranks of a base are, what they cost, and what an adapter file says of itself."""
+
+import secrets
+from pathlib import Path
+
+import gradio as gr
+
+from cersa_diffusion.adapter_report import describe_adapter
+from gradio_app import uploads
+from gradio_app.inspection import draw_memory, draw_ranks, draw_spectra, memory_by_alpha, plan_of, surveyed
+from gradio_app.state import App
+
+
+class InspectTab:
+    """Builds the tab inside the current Blocks.
+
+    Args:
+        app: what is behind the page.
+    """
+
+    def __init__(self, app: App):
+        self.app = app
+        bases = list(app.library.bases())
+        with gr.Row(equal_height=True):
+            self.base = gr.Dropdown(bases, value=bases[0] if bases else None, label="Base", min_width=200)
+            self.alpha = gr.Slider(0.5, 1, 0.95, step=0.01, label="alpha", min_width=200)
+            self.rank = gr.Slider(1, 256, 32, step=1, label="Rank of the LoRA beside it", min_width=200)
+            self.kind = gr.Dropdown([], label="Layers whose spectra are drawn", info="after the first look", min_width=200)
+            self.look = gr.Button("Look into the base", variant="primary", elem_id="inspect")
+        with gr.Row():
+            self.memory = gr.Image(label="Memory against alpha", type="filepath", interactive=False, min_width=300)
+            self.spectra = gr.Image(label="Spectra", type="filepath", interactive=False, min_width=300)
+        self.ranks = gr.Image(label="Ranks by layer, and compression", type="filepath", interactive=False)
+        self.plan = gr.Textbox(label="Memory plan", lines=12, max_lines=24, elem_id="inspect-plan", elem_classes="report")
+        with gr.Accordion("An adapter file", open=True), gr.Row():
+            self.upload = gr.File(
+                label="CERSA adapter (.safetensors)",
+                file_types=[".safetensors"],
+                height=120,
+                elem_id="info-upload",
+                min_width=260,
+            )
+            self.info = gr.Textbox(
+                label="What it says", lines=10, max_lines=24, elem_id="info", elem_classes="report", min_width=300
+            )
+        self._wire()
+
+    def _wire(self) -> None:
+        shown = self.app.messages.shown
+        drawn = [self.memory, self.spectra, self.ranks, self.plan, self.kind]
+        queue = {"concurrency_id": "inspect", "concurrency_limit": 1, "api_visibility": "private"}
+        inputs = [self.base, self.alpha, self.rank, self.kind]
+        self.look.click(shown(self.inspect), inputs, drawn, **queue)
+        self.kind.input(shown(self.inspect), inputs, drawn, **queue)
+        self.upload.upload(shown(self.describe), self.upload, self.info, api_visibility="private")
+
+    def inspect(self, name: str, alpha: float, rank: float, kind: str | None) -> list:
+        """The figures and the plan of a base."""
+        base = self.app.library.base(name)
+        with self.app.store.lease(base) as pipeline:
+            plan = plan_of(pipeline, float(alpha), int(rank))
+            layers = surveyed(pipeline)
+        kinds = list(plan.by_kind())
+        kind = kind if kind in kinds else kinds[0]
+        folder = self.app.settings.work_dir / "downloads" / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        files = [folder / f"{what}.png" for what in ("memory", "spectra", "ranks")]
+        draw_memory(plan, memory_by_alpha(layers), float(alpha), files[0])
+        draw_spectra(plan, kind, float(alpha), files[1])
+        draw_ranks(plan, files[2])
+        return [*map(str, files), str(plan), gr.update(choices=kinds, value=kind)]
+
+    def describe(self, path: str | None) -> str:
+        """What `cersa info` prints of an uploaded adapter."""
+        if path is None:
+            return ""
+        text = describe_adapter(uploads.read_upload(path, self.app.settings.limits))
+        return f"{uploads.shown_name(Path(path).name)}\n{self.app.messages.clean(text)}"

@@ -1,0 +1,326 @@
+"""The Train tab: a form with its memory plan, the queue of trainings that all visitors share, and what comes out."""
+
+import html
+import secrets
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import gradio as gr
+import pandas as pd
+
+from cersa_diffusion import export_lora
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.training.methods import METHODS, CersaMethod
+from gradio_app import uploads
+from gradio_app.jobs import ENDED, Job, new_name
+from gradio_app.state import App
+from gradio_app.training import LEARNING_RATES, PRESET_CHOICES, RANKED, TrainForm
+from gradio_app.view import previews_strip, size_text
+
+# Seconds between two looks at the queue.
+INTERVAL = 1.5
+# Points of the curve that are sent to the page.
+CURVE_POINTS = 250
+LORA_FORMATS = {"diffusers": "diffusers", "kohya (ComfyUI, A1111, Forge)": "kohya"}
+
+
+class TrainTab:
+    """Builds the tab inside the current Blocks.
+
+    Args:
+        app: what is behind the page.
+    """
+
+    def __init__(self, app: App):
+        self.app, self.limits = app, app.settings.limits
+        self.form = self._build_form()
+        self._build_jobs()
+        self._build_results()
+        # What this visitor was shown last.
+        self.seen = gr.State(None)
+        self.timer = gr.Timer(INTERVAL)
+        self._wire()
+
+    def _build_form(self) -> dict[str, gr.components.Component]:
+        """The fields of `TrainForm` by name."""
+        bases, default = list(self.app.library.bases()), TrainForm(base="")
+        limits = self.limits
+        with gr.Row():
+            with gr.Column(min_width=280):
+                self.pictures = gr.File(
+                    label=f"Pictures of the subject ({limits.fewest_pictures} to {limits.most_pictures}: PNG, JPEG, WebP)",
+                    file_count="multiple", file_types=uploads.SUFFIXES, height=150, elem_id="pictures-upload",
+                )  # fmt: skip
+                form = {
+                    "instance_prompt": gr.Textbox(
+                        default.instance_prompt, label="Prompt of the subject", info="with a rare word that will stand for it"
+                    ),
+                    "class_prompt": gr.Textbox(
+                        "",
+                        label="Prompt of its class (optional)",
+                        info="keeps the class from becoming the subject; takes twice as long",
+                    ),
+                    "preview_prompt": gr.Textbox(
+                        "", label="Prompt of the previews (optional)", info="default: that of the subject"
+                    ),
+                }
+            with gr.Column(min_width=280):
+                form["base"] = gr.Dropdown(bases, value=bases[0] if bases else None, label="Base")
+                with gr.Row():
+                    form["method"] = gr.Dropdown(list(METHODS), value=default.method, label="Method", min_width=120)
+                    form["preset"] = gr.Dropdown(PRESET_CHOICES, value=default.preset, label="Preset", min_width=120)
+                form["alpha"] = gr.Slider(
+                    0.5, 1, default.alpha, step=0.01, label="alpha", info="share of energy that is kept (CERSA)"
+                )
+                form["beta"] = gr.Slider(
+                    0.1, 1, default.beta, step=0.01, label="beta", info="share that is trained, at most alpha"
+                )
+                form["memory_budget"] = gr.Textbox(
+                    "", label="Memory budget (optional)", info="such as 100MB; decides instead of alpha", placeholder="100MB"
+                )
+                form["rank"] = gr.Slider(1, 256, default.rank, step=1, label="Rank", info="LoRA, PiSSA, DoRA", visible=False)
+            with gr.Column(min_width=280):
+                with gr.Row():
+                    form["steps"] = gr.Number(default.steps, label="Training steps", precision=0, minimum=1, min_width=100)
+                    form["batch_size"] = gr.Number(
+                        default.batch_size, label="Pictures per step", precision=0, minimum=1, min_width=100
+                    )
+                with gr.Row():
+                    form["learning_rate"] = gr.Number(default.learning_rate, label="Learning rate", minimum=0, min_width=100)
+                    form["seed"] = gr.Number(default.seed, label="Seed", precision=0, minimum=0, min_width=100)
+                self.plan = gr.Textbox(label="Memory plan", lines=9, max_lines=14, elem_id="plan", elem_classes="report")
+                self.start = gr.Button("Start training", variant="primary", elem_id="start-training")
+        return {field.name: form[field.name] for field in fields(TrainForm)}
+
+    def _build_jobs(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                self.job = gr.Dropdown([], label="Training", elem_id="job")
+                with gr.Row():
+                    self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-training")
+                    self.resume = gr.Button("Resume", interactive=False, elem_id="resume-training")
+                self.list = gr.HTML(elem_id="jobs")
+            with gr.Column(scale=2, min_width=280):
+                self.progress = gr.HTML(elem_id="job-progress")
+                self.curve = gr.LinePlot(
+                    x="step", y="loss", color="curve", height=230, x_title="step", y_title="loss", label="Loss", visible=False
+                )
+                self.previews = gr.HTML(elem_id="previews")
+        with gr.Accordion("What the trainer says", open=False):
+            self.description = gr.Textbox(show_label=False, label="Description", lines=8, elem_classes="report")
+
+    def _build_results(self) -> None:
+        gr.Markdown("### Take a result away")
+        runs = list(self.app.library.runs())
+        with gr.Row(equal_height=True):
+            self.result = gr.Dropdown(runs, value=None, label="Result", elem_id="result", min_width=220)
+            self.file = gr.DownloadButton("Download the file", interactive=False, elem_id="result-file", min_width=160)
+            self.rank = gr.Slider(1, 256, 64, step=1, label="Rank of the LoRA", min_width=160)
+            self.format = gr.Dropdown(list(LORA_FORMATS), value="diffusers", label="Keys of the LoRA", min_width=160)
+            self.export = gr.Button("Make a LoRA of it", interactive=False, elem_id="export-lora", min_width=160)
+            self.lora = gr.DownloadButton("Download the LoRA", interactive=False, elem_id="lora-file", min_width=160)
+        self.export_report = gr.Textbox(label="About the LoRA", lines=4, visible=False, elem_classes="report")
+
+    def _wire(self) -> None:
+        shown, inputs = self.app.messages.shown, list(self.form.values())
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        planned = ("base", "method", "preset", "alpha", "beta", "memory_budget", "rank", "batch_size", "class_prompt")
+        gr.on(
+            [self.form[name].change for name in planned], self.show_plan, inputs, self.plan,
+            trigger_mode="always_last", concurrency_id="plan", concurrency_limit=1, **quiet,
+        )  # fmt: skip
+        self.form["method"].input(
+            self.show_method, self.form["method"],
+            [self.form[name] for name in ("alpha", "beta", "memory_budget", "rank", "learning_rate")], **quiet,
+        )  # fmt: skip
+        self.start.click(
+            shown(self.submit), [self.pictures, *inputs], [self.job, self.pictures], api_visibility="private",
+            concurrency_id="submit", concurrency_limit=1,
+        )  # fmt: skip
+        self.cancel.click(shown(self.app_cancel), self.job, None, **quiet)
+        self.resume.click(shown(self.app_resume), self.job, None, **quiet)
+        watched = [self.job, self.seen]
+        self.watching = [self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume,
+                         self.result, self.seen]  # fmt: skip
+        # Outside the queue: a busy server still says how far the training is.
+        self.timer.tick(self.watch, watched, self.watching, queue=False, **quiet)
+        self.job.change(self.watch, watched, self.watching, queue=False, **quiet)
+        self.result.change(
+            shown(self.choose_result), self.result, [self.file, self.export, self.lora, self.export_report], **quiet
+        )
+        self.export.click(
+            shown(self.make_lora), [self.result, self.rank, self.format], [self.lora, self.export_report], api_visibility="private",
+            concurrency_id="export", concurrency_limit=1,
+        )  # fmt: skip
+
+    def show_plan(self, *values) -> str:
+        """The memory plan of the form, or what keeps it from being one."""
+        try:
+            form = self._read(values)
+            base = self.app.library.base(form.base)
+            with self.app.store.lease(base) as pipeline:
+                return form.plan(pipeline, base.source, self.limits)
+        except Exception as error:
+            return self.app.messages.text(error)
+
+    def show_method(self, method: str) -> list:
+        """Shows the fields that a method reads, and its usual learning rate."""
+        cersa, ranked = method == "cersa", method in RANKED
+        return [*(gr.update(visible=cersa) for _ in range(3)), gr.update(visible=ranked), LEARNING_RATES.get(method, 5e-4)]
+
+    def _read(self, values: Sequence) -> TrainForm:
+        form = dict(zip(self.form, values, strict=True))
+        missing = [name for name, value in form.items() if value is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing).replace('_', ' ')}: nothing is chosen")
+        numbers = {name: int(form[name]) for name in ("rank", "steps", "batch_size", "seed")}
+        return TrainForm(**form | numbers)
+
+    def submit(self, pictures: list[str] | None, *values) -> tuple:
+        """Puts a training into the queue; nothing is written where anything is wrong with it."""
+        form = self._read(values)
+        base = self.app.library.base(form.base)
+        self.app.jobs.check_room()
+        taken = [*self.app.library.runs(), *(job.name for job, _ in self.app.jobs.jobs())]
+        name = new_name(form.method, taken)
+        folder = self.app.settings.runs_dirs[0] / name
+        with self.app.store.lease(base) as pipeline:
+            config = form.config(pipeline, base.source, folder, self.limits)
+        uploads.save_pictures(pictures or [], folder / "pictures", self.limits)
+        self.app.jobs.submit(name, config)
+        gr.Info(f"{name} is in the queue")
+        return gr.update(choices=self._job_choices(), value=name), None
+
+    def app_cancel(self, name: str) -> None:
+        """Cancels the chosen training."""
+        self.app.jobs.cancel(name)
+
+    def app_resume(self, name: str) -> None:
+        """Resumes the chosen training."""
+        self.app.jobs.resume(name)
+
+    def _job_choices(self) -> list[str]:
+        return [job.name for job, _ in reversed(self.app.jobs.jobs())]
+
+    def watch(self, chosen: str | None, seen: tuple | None) -> list:
+        """What has changed since this visitor was last shown something."""
+        version, runs = self.app.jobs.version, list(self.app.library.runs())
+        jobs = self.app.jobs.jobs()
+        names = [job.name for job, _ in jobs]
+        if chosen not in names:
+            chosen = _foremost(jobs)
+        now = (version, chosen, tuple(runs))
+        if seen is not None and tuple(seen) == now:
+            return [gr.skip()] * len(self.watching)
+        results = gr.update(choices=runs) if seen is None or tuple(seen[2]) != now[2] else gr.skip()
+        if chosen is None:
+            return [gr.skip()] * (len(self.watching) - 2) + [results, now]
+        job, place = jobs[names.index(chosen)]
+        curve = _curve(job)
+        return [
+            gr.update(choices=names[::-1], value=chosen),
+            job_table(jobs, chosen),
+            job_progress(job, place, self.app.messages.clean(job.message)),
+            gr.update(value=curve, visible=len(curve) > 0),
+            previews_strip(job.previews),
+            self.app.messages.clean(job.description),
+            gr.update(interactive=job.state not in ENDED and not job.cancelled),
+            gr.update(interactive=job.resumable),
+            results,
+            now,
+        ]
+
+    def choose_result(self, name: str | None) -> list:
+        """Offers a result's file; a whole pipeline is no file."""
+        run = self.app.library.runs().get(name) if name else None
+        file = gr.update(value=None, interactive=False)
+        if run is not None and run.weights_path.is_file():
+            file = gr.update(
+                value=self._copy(run.weights_path, run.name), interactive=True, label=f"Download the {run.method} file"
+            )
+        exportable = run is not None and issubclass(METHODS[run.method], CersaMethod)
+        return [file, gr.update(interactive=exportable), gr.update(value=None, interactive=False), gr.update(visible=False)]
+
+    def _copy(self, path: Path, name: str) -> str:
+        # A copy, because Gradio serves what lies in its own folder; the folders of the runs stay closed to it.
+        copied = self._place(f"{name.replace('/', '-')}{path.suffix}")
+        copied.write_bytes(path.read_bytes())
+        return str(copied)
+
+    def _place(self, name: str) -> Path:
+        folder = self.app.settings.work_dir / "downloads" / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        return folder / name
+
+    def make_lora(self, name: str | None, rank: float, keys: str) -> tuple:
+        """Writes a CERSA result as a LoRA."""
+        run = self.app.library.runs().get(name) if name else None
+        if run is None or not issubclass(METHODS[run.method], CersaMethod) or keys not in LORA_FORMATS:
+            raise ConfigError("choose a CERSA result: only these are turned into a LoRA")
+        path = self._place(f"{run.name.replace('/', '-')}-lora.safetensors")
+        # A base of its own: pipelines in memory are shared and never changed.
+        source = self.app.library.base(run.base_name).source
+        report = export_lora(run.weights_path, path, rank=int(rank), format=LORA_FORMATS[keys], base=source, prompt=run.prompt)
+        text = str(report).replace(str(path), path.name)
+        return gr.update(value=str(path), interactive=True), gr.update(value=text, visible=True)
+
+
+def _foremost(jobs: list[tuple[Job, int | None]]) -> str | None:
+    """The job that a newcomer is shown: the one that runs, or else the newest."""
+    running = [job.name for job, _ in jobs if job.state == "running"]
+    return running[0] if running else jobs[-1][0].name if jobs else None
+
+
+def _state_text(job: Job, place: int | None) -> str:
+    if job.state == "queued":
+        return f"waiting, place {place}"
+    if job.state == "running":
+        return "stopping" if job.cancelled else "running" if job.step else "preparing"
+    return job.state
+
+
+def job_table(jobs: list[tuple[Job, int | None]], chosen: str) -> str:
+    """All trainings, the newest first.
+
+    Args:
+        jobs: with their places in the queue.
+        chosen: the one that is shown in full.
+    """
+    rows = ""
+    for job, place in reversed(jobs):
+        mark = ' class="chosen"' if job.name == chosen else ""
+        rows += (
+            f"<tr{mark}><td>{html.escape(job.name)}</td><td>{html.escape(_state_text(job, place))}</td>"
+            f"<td>{job.step} / {job.config.max_train_steps}</td></tr>"
+        )
+    return (
+        '<table class="jobs"><caption class="sr-only">Trainings</caption><thead><tr><th scope="col">training</th>'
+        f'<th scope="col">state</th><th scope="col">steps</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def job_progress(job: Job, place: int | None, message: str) -> str:
+    """A bar and a line about one training.
+
+    Args:
+        job: the training.
+        place: in the queue.
+        message: why it ended.
+    """
+    total = job.config.max_train_steps
+    facts = [f"{job.name}: {_state_text(job, place)}", f"step {job.step} of {total}"]
+    if job.losses:
+        facts += [f"loss {job.losses[-1][1]:.4f}", f"{job.speed:.1f} pictures/s", f"peak {size_text(job.peak_memory)}"]
+    facts += [message] if message else []
+    line = html.escape(" · ".join(facts))
+    return f'<div role="status"><progress max="{total}" value="{job.step}" aria-label="progress"></progress><p>{line}</p></div>'
+
+
+def _curve(job: Job) -> pd.DataFrame:
+    """The loss of every step, thinned out, and its running mean."""
+    frame = pd.DataFrame(job.losses, columns=["step", "loss"])
+    window = max(1, len(frame) // 10)
+    mean = frame.assign(loss=frame["loss"].rolling(window, min_periods=1).mean(), curve=f"mean of {window}")
+    both = [part.iloc[:: max(1, len(frame) // CURVE_POINTS)] for part in (frame.assign(curve="loss"), mean)]
+    return pd.concat(both)

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Compares methods of fine-tuning: trains all, each at its own best learning rate and with several seeds, and writes one report.
+
+docs/comparing.md says what a study file holds, benchmarks/study_emoji.toml is one. The same command again goes on where the last
+one ended.
+"""
+
+import argparse
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from cersa_diffusion.comparing.compare import compare
+from cersa_diffusion.comparing.engines import ENGINES, find_engine
+from cersa_diffusion.comparing.study import read_study
+from cersa_diffusion.errors import CersaError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("study", type=Path, help="study file (TOML)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for cells, table, pictures and report")
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="process", help="ray: several cells at once, on several machines"
+    )
+    changes = parser.add_argument_group("instead of what the study says")
+    changes.add_argument("--subjects", nargs="+", metavar="NAME", help="only these")
+    changes.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and the base; 'matched': those of matched memory")
+    changes.add_argument("--seeds", type=int, help="trainings of every row and subject")
+    changes.add_argument("--steps", type=int, help="training steps")
+    matched = changes.add_mutually_exclusive_group()
+    matched.add_argument("--lora_rank", type=int, help="matched memory: CERSA gets the bytes of LoRA with this rank")
+    matched.add_argument("--memory_budget", help="matched memory: LoRA and CERSA get at most this, such as 80MB")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # As Ctrl-C: the cell that is being trained writes its checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        engine = find_engine(arguments.engine)
+        study = read_study(
+            arguments.study,
+            subjects=arguments.subjects,
+            rows=arguments.rows,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
+            lora_rank=arguments.lora_rank,
+            budget=arguments.memory_budget,
+        )
+        table = compare(study, arguments.output, engine=engine)
+    except CersaError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    print(f"{table}\n\nopen {arguments.output / 'report.html'}; table.csv, table.json, costs.csv and pictures/ are beside it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A page over the smallest base with three trained runs, as objects and as a running server."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
+
+from ..pipelines_small import SIZE, pipeline
+
+pytest.importorskip("gradio")
+
+from gradio_app.page import build_page, serve
+from gradio_app.settings import AppSettings
+from gradio_app.state import App
+
+PROMPT = "a cat"
+METHODS = ("cersa", "lora", "full")
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    pipeline("sd1").save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory, models_dir, subject_path) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_dreambooth(
+            DreamBoothConfig(
+                pretrained_model_name_or_path=str(models_dir / "small"),
+                instance_data_dir=str(subject_path / "instance"),
+                instance_prompt=PROMPT,
+                output_dir=str(folder / f"cat-{method}"),
+                method=method,
+                resolution=SIZE,
+                max_train_steps=2,
+                train_batch_size=1,
+                learning_rate=1e-2,
+            ),
+            [],
+        )
+    return folder
+
+
+@pytest.fixture
+def settings(models_dir, runs_dir, tmp_path) -> AppSettings:
+    """New runs go into an empty folder; those that are trained already lie in the second one."""
+    new = tmp_path / "new-runs"
+    new.mkdir()
+    return AppSettings((models_dir,), (new, runs_dir), tmp_path / "work", max_pipelines=2)
+
+
+@pytest.fixture
+def app(settings) -> App:
+    return App.of(settings)
+
+
+@pytest.fixture
+def server(app, settings, monkeypatch):
+    """(address, app) of a running page."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(settings.work_dir / "gradio"))
+    page = build_page(app)
+    _, address, _ = serve(page, app, host="127.0.0.1", port=None, auth=[], block=False)
+    yield address.rstrip("/"), app
+    page.close()
+
+
+def wait_for(condition, queue, seconds: float = 120.0) -> None:
+    """Waits until a condition on a queue's jobs holds."""
+    deadline = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        if condition({job.name: (job, place) for job, place in queue.jobs()}):
+            return
+        deadline.wait(0.05)
+    raise AssertionError(f"waited in vain: {[(job.name, job.state, job.message) for job, _ in queue.jobs()]}")
