@@ -82,7 +82,7 @@ def load_compressed(
         ConfigError: no such folder or model, or not a compressed one.
         AdapterFormatError: the folder is damaged, or a newer release wrote it.
     """
-    folder = _local(name_or_path, revision)
+    folder = local_folder(name_or_path, revision)
     if (folder / DESCRIPTION_NAME).is_file():
         model = _load_model(folder, *model_class(folder), dtype)
         return model.to(device) if device is not None else model
@@ -264,7 +264,12 @@ def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: 
     return state
 
 
-def _local(name_or_path: str | os.PathLike, revision: str | None) -> Path:
+def local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
+    """A folder as it is, or the snapshot of a model on the hub.
+
+    Raises:
+        ConfigError: no such folder, and not to be had from the hub.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         return path

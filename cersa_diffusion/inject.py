@@ -92,8 +92,8 @@ def match_targets(
     targets = {
         name: module
         for name, module in candidates.items()
-        if (target_modules == "all-linear" or _name_matches(name, target_modules))
-        and not (exclude_modules and _name_matches(name, exclude_modules))
+        if (target_modules == "all-linear" or name_matches(name, target_modules))
+        and not (exclude_modules and name_matches(name, exclude_modules))
     }
     if not targets:
         endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
@@ -106,7 +106,8 @@ def match_targets(
     return targets
 
 
-def _name_matches(name: str, pattern: str | list[str]) -> bool:
+def name_matches(name: str, pattern: str | list[str]) -> bool:
+    """Whether a layer's name is what a pattern means: a regular expression for whole names, or a list of name endings."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in pattern)

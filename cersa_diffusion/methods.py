@@ -20,7 +20,7 @@ CERSA_METHODS = ("cersa", "svfit", "svft")
 LORA_METHODS = ("lora", "pissa", "dora")
 METHOD_NAMES = (*CERSA_METHODS, *LORA_METHODS, "full")
 # Options that not all methods read, with those that do.
-READ_BY = dict.fromkeys(("alpha", "beta", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
+READ_BY = dict.fromkeys(("alpha", "beta", "uniform_rank", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
     "rank": LORA_METHODS,
     "svfit_rank": ("svfit",),
     "sparse_pattern": ("svft", "cersa"),
@@ -45,9 +45,12 @@ class MethodSettings:
         ConfigError: a value out of range, or settings that contradict each other.
     """
 
-    method: Literal["cersa", "lora", "pissa", "dora", "svfit", "svft", "full"] = _option("cersa", "What is trained.")
+    method: Literal["cersa", "lora", "pissa", "dora", "svfit", "svft", "full"] = _option(
+        "cersa", "What is trained on the layers that are addressed."
+    )
     alpha: float = _cersa_option("alpha")
     beta: float | None = _cersa_option("beta")
+    uniform_rank: int | None = _option(None, "CERSA: keep and train this many components in every layer instead (Table 5).")
     core: Literal["matrix", "diagonal", "sparse"] = _cersa_option("core")
     block: Literal["top", "bottom"] = _cersa_option("block")
     unprofitable: Literal["factor", "skip"] = _cersa_option("unprofitable")
@@ -57,7 +60,11 @@ class MethodSettings:
     sparse_pattern: Literal["banded", "random", "top_k"] = _option(
         "banded", "SVFT (and core='sparse'): which entries are trained."
     )
-    off_diagonals: int = _option(2, "SVFT (and core='sparse'): off-diagonals on either side; 0 is SVFT-plain.")
+    off_diagonals: int = _option(
+        2,
+        "SVFT (and core='sparse'): off-diagonals on either side; the other patterns train as many entries as the banded one "
+        "would. 2 comes to the trained parameters of the CERSA paper's comparison (Table 14), 0 is SVFT-plain.",
+    )
 
     def __post_init__(self):
         if self.method not in METHOD_NAMES:
@@ -67,14 +74,23 @@ class MethodSettings:
         for name in ("rank", "svfit_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        self.cersa_config("all-linear")
+        self._cersa_config("all-linear")
         changed = [f.name for f in fields(MethodSettings) if getattr(self, f.name) != f.default]
         ignored = [name for name in changed if self.method not in READ_BY.get(name, (self.method,))]
         if ignored:
             warnings.warn(f"method {self.method!r} ignores {', '.join(ignored)}", stacklevel=4)
+        sparse = [name for name in changed if name in ("sparse_pattern", "off_diagonals")]
+        if sparse and self.method == "cersa" and self.core != "sparse":
+            warnings.warn(f"without core='sparse', {', '.join(sparse)} is ignored", stacklevel=4)
 
     def cersa_config(self, target_modules: str | list[str]) -> CersaConfig:
         """The CERSA settings that the method (cersa, svfit or svft) comes to, for one set of layers."""
+        with warnings.catch_warnings():
+            # Said once, when the settings were checked.
+            warnings.simplefilter("ignore")
+            return self._cersa_config(target_modules)
+
+    def _cersa_config(self, target_modules: str | list[str]) -> CersaConfig:
         sparse = {"sparse_pattern": self.sparse_pattern, "off_diagonals": self.off_diagonals}
         if self.method == "svfit":
             return svfit_config(self.svfit_rank, target_modules=target_modules)
@@ -83,6 +99,7 @@ class MethodSettings:
         return CersaConfig(
             alpha=self.alpha,
             beta=self.beta,
+            rank=self.uniform_rank,
             core=self.core,
             block=self.block,
             unprofitable=self.unprofitable,

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -80,7 +81,10 @@ def main() -> None:
         logging.warning("everybody who reaches %s can use this page: add --auth USER:PASSWORD", arguments.host)
     print(f"open http://{arguments.host}:{arguments.port} (Ctrl-C to end)", flush=True)
     auth = [(user, password) for user, _, password in (pair.partition(":") for pair in arguments.auth)]
+    # As Ctrl-C: a training that runs writes a checkpoint first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve(build_page(app), app, host=arguments.host, port=arguments.port, auth=auth)
+    app.jobs.close()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -190,10 +191,11 @@ class Scorer:
     Args:
         clip: folder or hub id; None: nothing is scored.
         device: where it computes.
+        loading: is held while the model is loaded (see `PipelineStore`).
     """
 
-    def __init__(self, clip: str | None, device: str):
-        self.clip, self.device = clip, device
+    def __init__(self, clip: str | None, device: str, loading: AbstractContextManager):
+        self.clip, self.device, self.loading = clip, device, loading
         self._lock, self._model = threading.Lock(), None
 
     def score(self, picture: Image.Image, prompt: str) -> float | None:
@@ -206,7 +208,8 @@ class Scorer:
 
         with self._lock:
             if self._model is None:
-                self._model = TransformersClip(self.clip, self.device)
+                with self.loading:
+                    self._model = TransformersClip(self.clip, self.device)
             return clipscore_torchmetrics([picture], [prompt], self._model)[0]
 
 

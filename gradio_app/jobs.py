@@ -6,16 +6,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Literal
 
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, TrainingStopped, train_dreambooth
+from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from gradio_app.messages import Messages
+from gradio_app.worker import Ending, new_stop, run_training
 
 State = Literal["queued", "running", "finished", "stopped", "failed"]
 ENDED = ("finished", "stopped", "failed")
@@ -40,6 +41,7 @@ class Job:
         cancelled: whether its end was asked for.
         speed: pictures per second.
         peak_memory: bytes.
+        stop: what stops its process.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Job:
     cancelled: bool = False
     speed: float = 0.0
     peak_memory: int = 0
+    stop: Event = field(default_factory=new_stop, repr=False)
 
     @property
     def resumable(self) -> bool:
@@ -60,32 +63,8 @@ class Job:
         return self.state in ("stopped", "failed") and bool(list_checkpoints(Path(self.config.output_dir)))
 
 
-class _Watcher(TrainingCallback):
-    """Writes down what the trainer tells, and stops it when that was asked for."""
-
-    def __init__(self, job: Job, queue: "JobQueue"):
-        self.job, self.queue = job, queue
-
-    def on_start(self, start):
-        with self.queue.changes():
-            self.job.step, self.job.description = start.first_step, "\n".join(start.description)
-
-    def on_step(self, progress):
-        with self.queue.changes():
-            self.job.step = progress.step
-            self.job.losses.append((progress.step, progress.loss))
-            self.job.speed, self.job.peak_memory = progress.pictures_per_second, progress.peak_memory
-
-    def on_preview(self, step, pictures):
-        with self.queue.changes():
-            self.job.previews = [*self.job.previews, (step, list(pictures))][-MOST_PREVIEWS:]
-
-    def should_stop(self):
-        return self.job.cancelled
-
-
 class JobQueue:
-    """Runs one training after the other in a thread of its own; what becomes of one leaves the others alone.
+    """Runs one training after the other, each in its own process; what becomes of one leaves the others alone.
 
     Args:
         messages: turns errors into texts.
@@ -155,7 +134,7 @@ class JobQueue:
                 raise ConfigError(f"{name} is {job.state} and cannot be resumed: only what ended early with a checkpoint can")
             self.check_room()
             job.config = replace(job.config, resume_from_checkpoint="latest")
-            job.state, job.cancelled, job.message = "queued", False, ""
+            job.state, job.cancelled, job.message, job.stop = "queued", False, "", new_stop()
             self._enqueue(name)
 
     def cancel(self, name: str) -> None:
@@ -168,7 +147,7 @@ class JobQueue:
             job = self.job(name)
             if job.state in ENDED:
                 raise ConfigError(f"{name} is {job.state}: there is nothing to cancel")
-            job.cancelled = True
+            self._stop(job)
             if job.state == "queued":
                 self._waiting.remove(name)
                 job.state, job.message = "stopped", "cancelled before it began"
@@ -209,21 +188,46 @@ class JobQueue:
                 job = self._jobs[self._waiting.pop(0)]
                 self.version += 1
                 job.state = "running"
-            state, message = self._run(job)
+            ending = self._run(job)
             with self.changes():
-                job.state, job.message = state, message
+                job.state, job.message = ending
+                self._condition.notify_all()
                 self._forget(job for job in list(self._jobs.values()) if job.state in ENDED and not job.resumable)
 
-    def _run(self, job: Job) -> tuple[State, str]:
+    def _run(self, job: Job) -> Ending:
         try:
-            # accelerate keeps the precision of the first training for the whole process.
-            AcceleratorState._reset_state(reset_partial_state=True)
-            result = train_dreambooth(job.config, [_Watcher(job, self)])
-            return "finished", f"{result.steps} steps, loss {result.loss:.4f}"
-        except TrainingStopped:
-            return "stopped", f"stopped after step {job.step}; it can be resumed from there"
-        except BaseException as error:  # whatever happens, the next in the queue gets its turn
-            return "failed", self._messages.text(error)
+            return run_training(job.config, self._messages, job.stop, lambda kind, facts: self._note(job, kind, facts))
+        except Exception as error:  # whatever happens, the next in the queue gets its turn
+            return Ending("failed", self._messages.text(error))
+
+    def _note(self, job: Job, kind: str, facts) -> None:
+        with self.changes():
+            if kind == "start":
+                job.step, job.description = facts
+            elif kind == "step":
+                job.step = facts.step
+                job.losses.append((facts.step, facts.loss))
+                job.speed, job.peak_memory = facts.pictures_per_second, facts.peak_memory
+            elif kind == "preview":
+                job.previews = [*job.previews, facts][-MOST_PREVIEWS:]
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Stops the training that runs, with a checkpoint, and waits for that; those that wait are forgotten.
+
+        Args:
+            seconds: to wait at most.
+        """
+        with self.changes():
+            self._waiting.clear()
+            running = [job for job in self._jobs.values() if job.state == "running"]
+            for job in running:
+                self._stop(job)
+            self._condition.wait_for(lambda: all(job.state in ENDED for job in running), timeout=seconds)
+
+    @staticmethod
+    def _stop(job: Job) -> None:
+        job.cancelled = True
+        job.stop.set()
 
     def _forget(self, ended: Iterable[Job]) -> None:
         for job in list(ended)[:-MOST_REMEMBERED]:

@@ -41,4 +41,4 @@ class App:
         jobs = JobQueue(messages, most_waiting=settings.limits.queued_jobs)
         jobs.restore(library.unfinished())
         store = PipelineStore(settings.max_pipelines, settings.device)
-        return cls(settings, library, store, Scorer(settings.clip, settings.device), jobs, messages)
+        return cls(settings, library, store, Scorer(settings.clip, settings.device, store.loading), jobs, messages)

@@ -38,6 +38,8 @@ class PipelineStore:
         self.capacity, self.device = max(1, capacity), device
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._changed = threading.Condition()
+        # Loading changes, for a moment, how modules are made in the whole process: never two at once, whatever they load.
+        self.loading = threading.RLock()
         self._shared: weakref.WeakValueDictionary[tuple[str, str], nn.Module] = weakref.WeakValueDictionary()
 
     @contextmanager
@@ -58,7 +60,8 @@ class PipelineStore:
         try:
             with entry.lock:
                 if entry.pipeline is None:
-                    entry.pipeline = self._load(base, run)
+                    with self.loading:
+                        entry.pipeline = self._load(base, run)
                 yield entry.pipeline
         finally:
             with self._changed:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from cersa_diffusion.comparing.subjects import VALIDATION, Subject, read_subject
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.methods import READ_BY
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.config_checks import READ_BY, check_names
+from cersa_diffusion.training.config_checks import check_names
 
 if sys.version_info >= (3, 11):
     import tomllib

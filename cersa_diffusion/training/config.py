@@ -3,14 +3,12 @@
 import json
 import math
 import re
-import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import ClassVar, Literal
 
-from cersa_diffusion.baselines import svfit_config, svft_config
-from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
-from cersa_diffusion.training.config_checks import check_config
+from cersa_diffusion.methods import MethodSettings
+from cersa_diffusion.training.config_checks import check_config, check_types
 
 DEFAULT_STEPS = 500
 # What may differ between a run and its continuation.
@@ -24,14 +22,9 @@ def _option(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
-def _cersa_option(name: str):
-    source = next(f for f in fields(CersaConfig) if f.name == name)
-    return field(default=source.default, metadata=source.metadata)
-
-
 @dataclass
-class DreamBoothConfig:
-    """One DreamBooth run.
+class DreamBoothConfig(MethodSettings):
+    """One DreamBooth run: the method with its settings, and all that the methods share.
 
     Raises:
         ConfigError: settings that contradict each other or cannot work; found before anything is loaded or written.
@@ -41,9 +34,7 @@ class DreamBoothConfig:
 
     pretrained_model_name_or_path: str = field(metadata={"help": "Base pipeline: a local folder or a model id on the hub."})
     instance_prompt: str = field(
-        metadata={
-            "help": "Prompt that names the subject, e.g. 'a photo of sks dog', for pictures without their own caption."
-        }
+        metadata={"help": "Prompt that names the subject, e.g. 'a photo of sks dog', for pictures without their own caption."}
     )
     instance_data_dir: str | None = _option(
         None,
@@ -57,25 +48,6 @@ class DreamBoothConfig:
     image_column: str = _option("image", "Column of the data set with the pictures.")
     caption_column: str = _option("text", "Column of the data set, or key in metadata.jsonl, with the captions.")
     repeats: int = _option(1, "How often each picture comes in an epoch; matters to num_train_epochs only.")
-    method: Literal["cersa", "lora", "pissa", "dora", "svfit", "svft", "full"] = _option(
-        "cersa", "What is trained, always on the same linear layers."
-    )
-    alpha: float = _cersa_option("alpha")
-    beta: float | None = _cersa_option("beta")
-    core: Literal["matrix", "diagonal", "sparse"] = _cersa_option("core")
-    block: Literal["top", "bottom"] = _cersa_option("block")
-    unprofitable: Literal["factor", "skip"] = _cersa_option("unprofitable")
-    memory_budget: str | None = _cersa_option("memory_budget")
-    rank: int = _option(32, "LoRA, PiSSA, DoRA: rank (and lora_alpha, so that the scale is 1).")
-    svfit_rank: int = _option(768, "SVFit: singular values that are trained; all of a layer that has fewer.")
-    sparse_pattern: Literal["banded", "random", "top_k"] = _option(
-        "banded", "SVFT (and core='sparse'): which entries are trained."
-    )
-    off_diagonals: int = _option(
-        2,
-        "SVFT (and core='sparse'): off-diagonals on either side; the other patterns train as many entries as the banded one "
-        "would. 2 comes to the trained parameters of the CERSA paper's comparison (Table 14), 0 is SVFT-plain.",
-    )
     unet_target_modules: list[str] | None = _option(
         None,
         "Layers of the UNet to train: name endings, 'all-linear' (the default), or one regular expression for whole names.",
@@ -174,32 +146,9 @@ class DreamBoothConfig:
     dataloader_num_workers: int = _option(0, "Processes that load pictures.")
 
     def __post_init__(self):
+        check_types(self)
+        super().__post_init__()
         check_config(self)
-
-    def cersa_config(self, target_modules: str | list[str]) -> CersaConfig:
-        """The CERSA settings that the method (cersa, svfit or svft) comes to, for one set of layers."""
-        with warnings.catch_warnings():
-            # Said once, when the settings of the run were checked.
-            warnings.simplefilter("ignore")
-            return self.method_config(target_modules)
-
-    def method_config(self, target_modules: str | list[str]) -> CersaConfig:
-        """The same, with a warning for every setting that is ignored."""
-        sparse = {"sparse_pattern": self.sparse_pattern, "off_diagonals": self.off_diagonals}
-        if self.method == "svfit":
-            return svfit_config(self.svfit_rank, target_modules=target_modules)
-        if self.method == "svft":
-            return svft_config(self.sparse_pattern, self.off_diagonals, target_modules=target_modules)
-        return CersaConfig(
-            alpha=self.alpha,
-            beta=self.beta,
-            core=self.core,
-            block=self.block,
-            unprofitable=self.unprofitable,
-            memory_budget=self.memory_budget,
-            target_modules=target_modules,
-            **(sparse if self.core == "sparse" else {}),
-        )
 
     def target_modules(self, component: str) -> str | list[str] | None:
         """Which layers of a component were asked for, as `match_targets` takes it; None for the default.

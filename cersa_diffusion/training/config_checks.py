@@ -13,14 +13,6 @@ from cersa_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from cersa_diffusion.training.config import DreamBoothConfig
 
-LORA_METHODS = ("lora", "pissa", "dora")
-# Options that not all methods read, with those that do.
-READ_BY = dict.fromkeys(("alpha", "beta", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
-    "rank": LORA_METHODS,
-    "svfit_rank": ("svfit",),
-    "sparse_pattern": ("svft", "cersa"),
-    "off_diagonals": ("svft", "cersa"),
-}
 # Options that do nothing unless another one is set.
 NEEDS = {
     "text_encoder_lr": "train_text_encoder",
@@ -35,7 +27,7 @@ NEEDS = {
     "dataset_config_name": "dataset_name",
     "image_column": "dataset_name",
 }
-AT_LEAST_ONE = ("rank", "svfit_rank", "num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
+AT_LEAST_ONE = ("num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
                 "checkpointing_steps", "num_validation_images", "validation_steps", "repeats", "max_train_steps",
                 "num_train_epochs", "checkpoints_total_limit", "lr_num_cycles")  # fmt: skip
 MORE_THAN_ZERO = ("learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_norm")
@@ -61,22 +53,27 @@ def check_names(config_class: type, names: list[str]) -> None:
             raise ConfigError(f"{name} is no setting of the training" + (f": did you mean {near[0]}?" if near else ""))
 
 
-def check_config(config: "DreamBoothConfig") -> None:
-    """Checks every setting, and the settings against each other.
+def check_types(config: "DreamBoothConfig") -> None:
+    """Checks that every setting is of its type, or one of its choices.
 
     Raises:
-        ConfigError: the first thing that is wrong, and what to do.
+        ConfigError: naming the first that is not.
     """
     # Not the fields' own `type`: HfArgumentParser overwrites that.
     types = get_type_hints(type(config))
     for field in fields(config):
         _check_type(field.name, types[field.name], getattr(config, field.name))
+
+
+def check_config(config: "DreamBoothConfig") -> None:
+    """Checks the settings that all methods share, also against each other.
+
+    Raises:
+        ConfigError: the first thing that is wrong, and what to do.
+    """
     _check_numbers(config)
     _check_texts(config)
     _check_sizes(config)
-    if config.memory_budget is not None and config.method != "cersa":
-        raise ConfigError(f"memory_budget chooses what CERSA keeps: method {config.method!r} takes the memory it takes")
-    config.method_config("all-linear")
     _check_targets(config)
     _check_prior(config)
     _check_combinations(config)
@@ -184,12 +181,6 @@ def _warn_of_ignored(config: "DreamBoothConfig") -> None:
     def warn(text: str) -> None:
         warnings.warn(text, stacklevel=6)
 
-    ignored = [name for name in changed if config.method not in READ_BY.get(name, (config.method,))]
-    if ignored:
-        warn(f"method {config.method!r} ignores {', '.join(ignored)}")
-    sparse = [name for name in changed if name in ("sparse_pattern", "off_diagonals")]
-    if sparse and config.method == "cersa" and config.core != "sparse":
-        warn(f"without core='sparse', {', '.join(sparse)} is ignored")
     for needed in dict.fromkeys(NEEDS.values()):
         idle = [name for name in changed if NEEDS.get(name) == needed]
         if idle and not getattr(config, needed):

@@ -12,14 +12,13 @@ from torch import nn
 from cersa_diffusion.budget import dense_layers, untouched_bytes
 from cersa_diffusion.inject import match_targets
 from cersa_diffusion.memory import MemoryUse, full_memory, lora_memory
+from cersa_diffusion.methods import CERSA_METHODS
 from cersa_diffusion.plan_report import PARTS, mib, text_table
 from cersa_diffusion.planner import plan_memory
 from cersa_diffusion.tokens import LayerInput
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.methods import Method
 from cersa_diffusion.training.optimizers import optimizer_name
-
-CERSA_FAMILY = ("cersa", "svfit", "svft")
 
 
 def planned_memory(
@@ -42,7 +41,7 @@ def planned_memory(
         tokens: what the layers are given in one step.
     """
     optimizer = optimizer_name(config)
-    if config.method in CERSA_FAMILY:
+    if config.method in CERSA_METHODS:
         settings = {name: config.cersa_config(method.targets(name)) for name in components}
         plan = plan_memory(
             components, settings, lora_rank=config.rank, optimizer=optimizer, weight_dtype=dtype, tokens=tokens

@@ -141,8 +141,10 @@ class TrainTab:
         self.cancel.click(shown(self.app_cancel), self.job, None, **quiet)
         self.resume.click(shown(self.app_resume), self.job, None, **quiet)
         watched = [self.job, self.seen]
-        self.watching = [self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume,
-                         self.result, self.seen]  # fmt: skip
+        self.watching = [
+            self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume, self.result,
+            self.seen,
+        ]  # fmt: skip
         # Outside the queue: a busy server still says how far the training is.
         self.timer.tick(self.watch, watched, self.watching, queue=False, **quiet)
         self.job.change(self.watch, watched, self.watching, queue=False, **quiet)
@@ -150,8 +152,8 @@ class TrainTab:
             shown(self.choose_result), self.result, [self.file, self.export, self.lora, self.export_report], **quiet
         )
         self.export.click(
-            shown(self.make_lora), [self.result, self.rank, self.format], [self.lora, self.export_report], api_visibility="private",
-            concurrency_id="export", concurrency_limit=1,
+            shown(self.make_lora), [self.result, self.rank, self.format], [self.lora, self.export_report],
+            api_visibility="private", concurrency_id="export", concurrency_limit=1,
         )  # fmt: skip
 
     def show_plan(self, *values) -> str:
@@ -261,7 +263,10 @@ class TrainTab:
         path = self._place(f"{run.name.replace('/', '-')}-lora.safetensors")
         # A base of its own: pipelines in memory are shared and never changed.
         source = self.app.library.base(run.base_name).source
-        report = export_lora(run.weights_path, path, rank=int(rank), format=LORA_FORMATS[keys], base=source, prompt=run.prompt)
+        with self.app.store.loading:
+            report = export_lora(
+                run.weights_path, path, rank=int(rank), format=LORA_FORMATS[keys], base=source, prompt=run.prompt
+            )
         text = str(report).replace(str(path), path.name)
         return gr.update(value=str(path), interactive=True), gr.update(value=text, visible=True)
 

@@ -67,7 +67,7 @@ def test_rates_are_picked_on_validation_prompts_and_the_table_holds_means_and_sp
 
 def test_validation_and_test_share_neither_prompts_nor_noise(compared):
     _, output = compared
-    folder = next(output.glob("cells/my-cat/lora-r2/*/seed-0/validation")).parent
+    folder = next(output.glob("cells/my-cat/lora-r2/*/seed-0/test")).parent
     validation, test = (json.loads((folder / part / "prompts.json").read_text()) for part in ("validation", "test"))
     assert not set(validation.values()) & set(test.values())
     assert not {name[-9:] for name in validation} & {name[-9:] for name in test}
