@@ -4,10 +4,11 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo test check bench base clean
+.PHONY: help install demo app test check bench base clean
 
 help:
 	@echo "make demo    learn a subject with CERSA, LoRA and full fine-tuning; picture and table in outputs/demo"
+	@echo "make app     the page to compare, train and inspect in a browser (http://127.0.0.1:7860)"
 	@echo "make test    the test suite"
 	@echo "make check   lint and formatting"
 	@echo "make bench   speed and memory as ratios to LoRA and full fine-tuning: layers, loading, decomposing a whole UNet"
@@ -23,6 +24,10 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(RUN) scripts/demo.py
+
+app: $(INSTALLED)
+	$(RUN) -m pip install --quiet --editable ".[app,plot,score]"
+	$(RUN) gradio_app/app.py
 
 test: $(INSTALLED)
 	$(RUN) -m pytest

@@ -34,10 +34,11 @@ def build_page(app: App) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
                 compare = CompareTab(app)
-            with gr.Tab("Train", id="train"):
+            with gr.Tab("Train", id="train") as train_tab:
                 train = TrainTab(app)
             with gr.Tab("Inspect", id="inspect"):
                 InspectTab(app)
+        train_tab.select(train.show_plan, train.inputs, train.plan, show_progress="hidden", api_visibility="private")
         # A finished training is a column at once, in every open page.
         train.timer.tick(
             compare.refresh_columns,

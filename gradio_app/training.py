@@ -1,5 +1,6 @@
 """From the form of the Train tab to the settings of a run, and what it would take in memory."""
 
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from cersa_diffusion.training.memory_report import memory_table, planned_memory
 from cersa_diffusion.training.methods import METHODS
 from gradio_app.settings import Limits
 
-NO_PRESET = "none: float32, all at once"
+NO_PRESET = "none"
+# Characters in a line of the plan.
+PLAN_WIDTH = 48
 PRESET_CHOICES = [NO_PRESET, *PRESETS]
 # Of the rates tried on the embedded base (README names them) the better ones; the text encoder learns at a tenth.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "pissa": 3e-4, "dora": 1e-3, "svfit": 1e-2, "svft": 1e-2, "full": 3e-4}
@@ -156,7 +159,8 @@ class TrainForm:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             uses = planned_memory(config, method, components, dtype=dtype, tokens=tokens)
-        return memory_table(uses, config, dtype)
+        caption, table = memory_table(uses, config, dtype).split("\n", 1)
+        return f"{table}\n\n{textwrap.fill(caption, PLAN_WIDTH)}"
 
 
 def _tokens(pipeline: DiffusionPipeline, source: str, pictures: int, resolution: int) -> dict:

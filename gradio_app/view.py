@@ -118,15 +118,15 @@ def headings_of(comparison: Comparison, runs: Sequence) -> list[tuple[str, str]]
 
 
 def previews_strip(previews: Sequence[tuple[int, Sequence[Image.Image]]]) -> str:
-    """The previews of a training, a line for each step they were drawn after.
+    """The previews of a training, a block for each step they were drawn after.
 
     Args:
         previews: (steps done, pictures).
     """
     lines = [
-        f'<div class="preview"><span>step {step}</span>'
+        '<figure class="preview">'
         + "".join(image_tag(picture, f"preview {number + 1} after step {step}") for number, picture in enumerate(pictures))
-        + "</div>"
+        + f"<figcaption>step {step}</figcaption></figure>"
         for step, pictures in previews
     ]
     return f'<div class="previews">{"".join(lines)}</div>' if lines else ""

@@ -80,7 +80,9 @@ def memory_rows(
         for name, layer in match_targets(model, targets[component]).items()
     }
     for component, model in components.items():
-        check_layers(model, {name.partition(".")[2]: layer for name, layer in linears.items() if name.startswith(f"{component}.")})
+        check_layers(
+            model, {name.partition(".")[2]: layer for name, layer in linears.items() if name.startswith(f"{component}.")}
+        )
     uses = {"full": _everything(components, settings.optimizer)}
     uses |= _dense_methods(components, linears, settings)
     # SVFT keeps everything: from its decompositions in the cache the others are cut.

@@ -227,7 +227,9 @@ def _adapted(base: Source, tuned: Source) -> Source | Opened:
         if opened.pipeline is None:
             raise ConfigError(f"{tuned} is a LoRA of a pipeline, and {_title(base)} is none: give the folder of the pipeline")
         opened.pipeline.load_lora_weights(str(path))
-        opened.pipeline.fuse_lora(components=[name for name in opened.components if hasattr(getattr(opened.pipeline, name), "peft_config")])
+        opened.pipeline.fuse_lora(
+            components=[name for name in opened.components if hasattr(getattr(opened.pipeline, name), "peft_config")]
+        )
         opened.pipeline.unload_lora_weights()
         return opened
     return tuned
@@ -255,9 +257,7 @@ def _partner(name: str, layers: Mapping[str, object]) -> str | None:
         return name
     wanted = _plain(name)
     found = [
-        other
-        for other in layers
-        if (own := _plain(other)) == wanted or own.endswith(f".{wanted}") or wanted.endswith(f".{own}")
+        other for other in layers if (own := _plain(other)) == wanted or own.endswith(f".{wanted}") or wanted.endswith(f".{own}")
     ]
     return found[0] if len(found) == 1 else None
 

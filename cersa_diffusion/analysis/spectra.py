@@ -116,7 +116,9 @@ def draw_ranks(rows: Sequence[Mapping]) -> "Figure":
     for panel, kind in zip(panels, kinds, strict=False):
         for number, alpha in enumerate(alphas):
             own = [row for row in rows if row["kind"] == kind and row["alpha"] == alpha]
-            panel.plot([row["depth"] for row in own], [row["rank"] for row in own], marker=".", color=f"C{number}", label=f"{alpha:g}")
+            panel.plot(
+                [row["depth"] for row in own], [row["rank"] for row in own], marker=".", color=f"C{number}", label=f"{alpha:g}"
+            )
         full = max(min(row["m"], row["n"]) for row in rows if row["kind"] == kind)
         panel.axhline(full, color="gray", linestyle=":")
         panel.set(title=kind, xlabel="layer")

@@ -20,7 +20,7 @@ def run_command(data_class: type[ImageData] | type[TextData], models: tuple[str,
         description: what `--help` says at the top.
     """
     try:
-        train_classifier(*_parse(data_class, models, description))
+        train_classifier(*parse_command(data_class, models, description))
     except CersaError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -28,7 +28,18 @@ def run_command(data_class: type[ImageData] | type[TextData], models: tuple[str,
         sys.exit(130)
 
 
-def _parse(data_class: type, models: tuple[str, ...], description: str) -> tuple:
+def parse_command(
+    data_class: type[ImageData] | type[TextData], models: tuple[str, ...], description: str, options: list[str] | None = None
+) -> tuple:
+    """The arguments of `train_classifier` that a command line comes to.
+
+    Args:
+        data_class, models, description: as `run_command`.
+        options: the command line; None: that of the process.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
     parser = HfArgumentParser(
         (ClassifierSettings, data_class, RunArguments),
         description=description,
@@ -39,10 +50,10 @@ def _parse(data_class: type, models: tuple[str, ...], description: str) -> tuple
     # Its values become defaults, so it is looked for before the rest is read.
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--preset")
-    name, label = early.parse_known_args()[0].preset, None
+    name, label = early.parse_known_args(options)[0].preset, None
     if name is not None:
         values, table = preset(name, models)
         label = f"{name} ({table})"
         parser.set_defaults(**values)
-    settings, data, arguments, _ = parser.parse_args_into_dataclasses()
+    settings, data, arguments, _ = parser.parse_args_into_dataclasses(options)
     return settings, data, arguments, label

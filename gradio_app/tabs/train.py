@@ -42,6 +42,11 @@ class TrainTab:
         self.timer = gr.Timer(INTERVAL)
         self._wire()
 
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        """The fields of the form, in the order of `TrainForm`."""
+        return list(self.form.values())
+
     def _build_form(self) -> dict[str, gr.components.Component]:
         """The fields of `TrainForm` by name."""
         bases, default = list(self.app.library.bases()), TrainForm(base="")
@@ -104,7 +109,7 @@ class TrainTab:
             with gr.Column(scale=2, min_width=280):
                 self.progress = gr.HTML(elem_id="job-progress")
                 self.curve = gr.LinePlot(
-                    x="step", y="loss", color="curve", height=230, x_title="step", y_title="loss", label="Loss", visible=False
+                    x="step", y="loss", height=230, x_title="step", y_title="loss", label="Loss", visible=False
                 )
                 self.previews = gr.HTML(elem_id="previews")
         with gr.Accordion("What the trainer says", open=False):
@@ -113,17 +118,21 @@ class TrainTab:
     def _build_results(self) -> None:
         gr.Markdown("### Take a result away")
         runs = list(self.app.library.runs())
-        with gr.Row(equal_height=True):
-            self.result = gr.Dropdown(runs, value=None, label="Result", elem_id="result", min_width=220)
-            self.file = gr.DownloadButton("Download the file", interactive=False, elem_id="result-file", min_width=160)
-            self.rank = gr.Slider(1, 256, 64, step=1, label="Rank of the LoRA", min_width=160)
-            self.format = gr.Dropdown(list(LORA_FORMATS), value="diffusers", label="Keys of the LoRA", min_width=160)
-            self.export = gr.Button("Make a LoRA of it", interactive=False, elem_id="export-lora", min_width=160)
-            self.lora = gr.DownloadButton("Download the LoRA", interactive=False, elem_id="lora-file", min_width=160)
+        with gr.Row():
+            with gr.Column(min_width=280):
+                self.result = gr.Dropdown(runs, value=None, label="Result", elem_id="result")
+                self.file = gr.DownloadButton("Download the file", interactive=False, elem_id="result-file", size="md")
+            with gr.Column(min_width=280):
+                with gr.Row():
+                    self.rank = gr.Slider(1, 256, 64, step=1, label="Rank of the LoRA", min_width=160)
+                    self.format = gr.Dropdown(list(LORA_FORMATS), value="diffusers", label="Keys of the LoRA", min_width=160)
+                with gr.Row():
+                    self.export = gr.Button("Make a LoRA of it", interactive=False, elem_id="export-lora", size="md")
+                    self.lora = gr.DownloadButton("Download the LoRA", interactive=False, elem_id="lora-file", size="md")
         self.export_report = gr.Textbox(label="About the LoRA", lines=4, visible=False, elem_classes="report")
 
     def _wire(self) -> None:
-        shown, inputs = self.app.messages.shown, list(self.form.values())
+        shown, inputs = self.app.messages.shown, self.inputs
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         planned = ("base", "method", "preset", "alpha", "beta", "memory_budget", "rank", "batch_size", "class_prompt")
         gr.on(
@@ -142,8 +151,8 @@ class TrainTab:
         self.resume.click(shown(self.app_resume), self.job, None, **quiet)
         watched = [self.job, self.seen]
         self.watching = [
-            self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume, self.result,
-            self.seen,
+            self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume,
+            self.result, self.seen,
         ]  # fmt: skip
         # Outside the queue: a busy server still says how far the training is.
         self.timer.tick(self.watch, watched, self.watching, queue=False, **quiet)
@@ -323,9 +332,7 @@ def job_progress(job: Job, place: int | None, message: str) -> str:
 
 
 def _curve(job: Job) -> pd.DataFrame:
-    """The loss of every step, thinned out, and its running mean."""
+    """The loss of every step; of several steps their mean, where there are more than can be seen."""
     frame = pd.DataFrame(job.losses, columns=["step", "loss"])
-    window = max(1, len(frame) // 10)
-    mean = frame.assign(loss=frame["loss"].rolling(window, min_periods=1).mean(), curve=f"mean of {window}")
-    both = [part.iloc[:: max(1, len(frame) // CURVE_POINTS)] for part in (frame.assign(curve="loss"), mean)]
-    return pd.concat(both)
+    together = -(-len(frame) // CURVE_POINTS) or 1
+    return frame.groupby(frame.index // together).agg({"step": "last", "loss": "mean"})

@@ -176,7 +176,8 @@ def test_matched_memory_trains_as_many_bytes(matched, study_file, in_process, tm
     # The last component that no longer fits is the difference.
     assert 0.97 * used["lora-matched"] < used["cersa-matched"] <= used["lora-matched"] * 1.001
     if "budget" in matched:
-        assert 0.97 * 1.14e6 < used["lora-matched"] <= 1.14e6
+        # A rank is a twentieth of it here.
+        assert 0.94 * 1.14e6 < used["lora-matched"] <= 1.14e6
 
 
 def test_models_that_do_not_load_are_an_error_and_nothing_is_written(materials, study_file, in_process, tmp_path):

@@ -23,7 +23,9 @@ def test_killed_on_the_way_and_started_again_gives_the_table_of_an_undisturbed_r
     assert "| cersa-.9 |" in whole.stdout and "2/2" in whole.stderr and "report.html" in whole.stdout
 
     output = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *map(str, arguments), str(output)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments), str(output)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 600
     while not (output / "cells/my-cat/base/test.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -41,4 +43,7 @@ def test_a_bad_study_is_one_line_and_nothing_is_written(study_file, tmp_path):  
     path = study_file("bad-script.toml", base="/no/such/base")
     finished = run_script(SCRIPT, path, "--output", tmp_path / "out")
     assert finished.returncode == 1 and not (tmp_path / "out").exists()
-    assert finished.stderr.strip().splitlines()[-1] == f"error: study {path}: /no/such/base: no such folder, and not the form of a hub id (owner/name)"
+    assert (
+        finished.stderr.strip().splitlines()[-1]
+        == f"error: study {path}: /no/such/base: no such folder, and not the form of a hub id (owner/name)"
+    )
