@@ -20,7 +20,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--models-dir",
         type=Path,
@@ -36,13 +36,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--clip",
         default=str(REPOSITORY / "assets" / "emoji-clip"),
-        help="folder or hub id of the CLIP that scores; 'none': do not score",
+        help="folder or hub id of the CLIP that scores (default: the embedded one); 'none': do not score",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated")
     parser.add_argument("--device", help="where pictures are drawn (default: cuda if there is one)")
-    parser.add_argument("--max-pipelines", type=int, default=4, help="pipelines held in memory at most")
+    parser.add_argument("--max-pipelines", type=int, default=4, help="pipelines held in memory at most (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for pair in arguments.auth:
         user, _, password = pair.partition(":")
@@ -68,8 +68,8 @@ def main() -> None:
 
     app = App.of(
         AppSettings(
-            models_dirs=tuple(arguments.models_dir or [REPOSITORY / "assets"]),
-            runs_dirs=tuple(arguments.runs_dir or [Path("outputs/app")]),
+            models_dirs=tuple(path.resolve() for path in arguments.models_dir or [REPOSITORY / "assets"]),
+            runs_dirs=tuple(path.resolve() for path in arguments.runs_dir or [Path("outputs/app")]),
             work_dir=work_dir,
             bases=tuple(arguments.base),
             clip=None if arguments.clip == "none" else arguments.clip,

@@ -29,7 +29,7 @@ from gradio_app.store import PipelineStore, weight_bytes
 
 UNTOUCHED = "untouched base"
 SCHEDULERS = {
-    "as saved with the base": None,
+    "as saved": None,
     "DDIM": DDIMScheduler,
     "DPM++ 2M": DPMSolverMultistepScheduler,
     "Euler": EulerDiscreteScheduler,
@@ -66,7 +66,7 @@ class Comparison:
     negative_prompt: str = ""
     steps: int = 25
     guidance: float = 4.0
-    scheduler: str = "as saved with the base"
+    scheduler: str = "as saved"
     token: str = "sks"
 
     def rows(self) -> list[tuple[str, int]]:

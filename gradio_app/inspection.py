@@ -87,9 +87,8 @@ def draw_spectra(plan: MemoryPlan, kind: str, alpha: float, path: Path) -> None:
         values.semilogy(share, (spectrum / spectrum[0]).clamp_min(1e-6).numpy(), color=colour, linewidth=1)
     energy.axhline(alpha, color="gray", linestyle="--", label=f"alpha = {alpha:g}")
     energy.set(title=f"energy kept, {kind} ({len(layers)} layers)", xlabel="k / full rank", ylabel="share of squared energy")
-    values.set(
-        title="singular values, first to last layer: dark to light", xlabel="k / full rank", ylabel="relative to the first"
-    )
+    values.set(xlabel="k / full rank", ylabel="relative to the first")
+    values.set_title("singular values, first layer dark", loc="left")
     energy.legend()
     figure.savefig(path, dpi=110)
 
@@ -126,8 +125,7 @@ def draw_memory(plan: MemoryPlan, sizes: dict[float, int], alpha: float, path: P
     axes.plot([alpha], [totals["cersa"].total / 2**20], marker="o", color="C0", markersize=9)
     axes.axhline(totals["lora"].total / 2**20, color="C1", linestyle="--", label=f"LoRA r={plan.lora_rank}")
     axes.axhline(totals["full"].total / 2**20, color="C2", linestyle=":", label="full fine-tuning")
-    axes.set(
-        title="weights, gradients and AdamW of the target layers", xlabel="alpha (= beta)", ylabel="MiB", ylim=(0, None)
-    )  # fmt: skip
+    axes.set(xlabel="alpha (= beta)", ylabel="MiB of the target layers", ylim=(0, None))
+    axes.set_title("weights, gradients and AdamW", loc="left")
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -1,6 +1,10 @@
 """What all tabs of the page share."""
 
+import secrets
+import shutil
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from gradio_app.comparing import Scorer
 from gradio_app.jobs import JobQueue
@@ -8,6 +12,8 @@ from gradio_app.library import Library
 from gradio_app.messages import Messages
 from gradio_app.settings import AppSettings
 from gradio_app.store import PipelineStore
+
+KEPT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,20 @@ class App:
     scorer: Scorer
     jobs: JobQueue
     messages: Messages
+
+    def place(self, name: str) -> Path:
+        """A new private place for a file that a visitor is to get; Gradio copies it into its own cache.
+
+        Args:
+            name: of the file.
+        """
+        downloads = self.settings.work_dir / "downloads"
+        folder = downloads / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        for old in downloads.iterdir():
+            if old.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder / name
 
     @classmethod
     def of(cls, settings: AppSettings) -> "App":

@@ -110,7 +110,7 @@ class TrainForm:
             "seed": int(self.seed),
             "validation_prompt": self.preview_prompt.strip() or self.instance_prompt.strip(),
             "num_validation_images": 2,
-            "validation_steps": max(1, int(self.steps) // 4),
+            "validation_steps": max(25, int(self.steps) // 4),
             "checkpointing_steps": max(50, int(self.steps) // 4),
             "checkpoints_total_limit": 1,
         }  # fmt: skip

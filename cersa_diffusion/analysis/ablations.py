@@ -150,7 +150,7 @@ def run_ablations(
         A row for every variant and seed.
 
     Raises:
-        ConfigError: no seeds, an unknown table, a folder that holds a sweep of other settings, or what `train_classifier` refuses.
+        ConfigError: no seeds, an unknown table, a folder with a sweep of other settings, or what `train_classifier` refuses.
     """
     if not seeds:
         raise ConfigError("seeds: none are given, expected at least one")

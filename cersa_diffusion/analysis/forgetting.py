@@ -84,8 +84,8 @@ def _check_runs(runs: Sequence[Run]) -> None:
     names = {run.data.name for run in runs}
     if len(names) < 2:
         raise ConfigError(
-            f"all runs learned {', '.join(names) or 'nothing'}: forgetting is measured on the data of the others, expected runs on "
-            "at least two data sets"
+            f"all runs learned {', '.join(names) or 'nothing'}: forgetting is measured on the data of the others, "
+            "expected runs on at least two data sets"
         )
     for run in runs:
         if isinstance(run.data, TextData) and metric_name(run.data) == "pearson":
@@ -223,8 +223,12 @@ def draw_forgetting(rows: Sequence[Mapping]) -> "Figure":
                 heights.append(float(np.mean(values)) if values else 0.0)
             places = [place + (number - len(methods) / 2) * width for place in range(len(tested))]
             panel.bar(places, heights, width, label=title, color="gray" if not number else f"C{number - 1}")
-        panel.set_xticks(range(len(tested)), [Path(place).name or place for place in tested], rotation=20, fontsize=8)
-        panel.set_title(f"learned: {'/'.join(Path(name).parts[-2:])}", fontsize=9)
+        panel.set_xticks(range(len(tested)), [_short(place) for place in tested], rotation=20, fontsize=8)
+        panel.set_title(f"learned: {_short(name)}", fontsize=9)
     panels[0].set_ylabel("accuracy")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(methods))
     return figure
+
+
+def _short(name: str) -> str:
+    return "/".join(Path(name).parts[-2:])

@@ -49,8 +49,8 @@ def intruder_rows(
         show_progress: show a bar.
 
     Returns:
-        Rows with "layer", "kind", "threshold", "vectors" (looked at), "intruders", and "lowest_cosine" (the least that one of these
-        vectors comes to with its nearest).
+        Rows with "layer", "kind", "threshold", "vectors" (looked at), "intruders", and "lowest_cosine" (the least that one of
+        these vectors comes to with its nearest).
 
     Raises:
         ConfigError: no vectors, or a threshold outside (0, 1].

@@ -168,7 +168,7 @@ def draw_memory(rows: Sequence[Mapping]) -> "Figure":
         axes.barh(names, sizes, left=left, label=title)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for number, total in enumerate(left):
-        axes.text(total, number, f" {total:.4g}", va="center", fontsize=8)
+        axes.text(total, number, f" {total:.1f}", va="center", fontsize=8)
     axes.set(xlabel="MiB", title="memory of training, without activations", xlim=(0, 1.12 * max(left)))
     axes.invert_yaxis()
     axes.legend(loc="lower right")

@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from cersa_diffusion.adapter import load_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME, HEADER_ENTRY
@@ -32,10 +33,12 @@ class Opened:
     Attributes:
         components: the models by name; a lone one is "model".
         pipeline: the diffusers pipeline they belong to, or None.
+        unstored: layers of a lone model that its checkpoint has no weights for, and that are random therefore.
     """
 
     components: dict[str, nn.Module]
     pipeline: object | None = None
+    unstored: frozenset[str] = frozenset()
 
 
 def open_model(source: Source) -> Opened:
@@ -65,18 +68,25 @@ def open_model(source: Source) -> Opened:
         pipeline = load_base(str(folder))
         names = ("unet", *family_of(type(pipeline).__name__).text_encoders)
         return Opened({name: getattr(pipeline, name).eval() for name in names}, pipeline)
-    return Opened({"model": _load(folder)})
+    return _load(folder)
 
 
-def _load(folder: Path) -> nn.Module:
+def _load(folder: Path) -> Opened:
     library, class_name = model_class(folder)
     cls = getattr(import_module(library), class_name, None)
     if cls is None:
         raise ConfigError(f"{folder}: {library} has no class {class_name!r}: install the release it needs")
+    dtype = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
+    verbosity = logging.get_verbosity()
     try:
-        return cls.from_pretrained(str(folder), **{"dtype" if library == "transformers" else "torch_dtype": torch.float32}).eval()
+        # Silences the report of weights that the checkpoint lacks: no analysis looks at them.
+        logging.set_verbosity_error()
+        model, loading = cls.from_pretrained(str(folder), output_loading_info=True, **dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: cannot be loaded as {class_name} ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return Opened({"model": model.eval()}, unstored=frozenset(key.rpartition(".")[0] for key in loading["missing_keys"]))
 
 
 def _merged(model: nn.Module) -> nn.Module:
@@ -131,8 +141,8 @@ def open_pair(
     missing = [name for name, partner in partners.items() if partner is None]
     if missing:
         raise BaseMismatchError(
-            f"{_title(tuned)} lacks {len(missing)} of the {len(chosen)} layers of {_title(base)}, e.g. {missing[:3]}: are these two "
-            "of one architecture? Otherwise choose the layers they share with target_modules or exclude_modules"
+            f"{_title(tuned)} lacks {len(missing)} of the {len(chosen)} layers of {_title(base)}, e.g. {missing[:3]}: are these "
+            "two of one architecture? Otherwise choose the layers they share with target_modules or exclude_modules"
         )
     pairs = [LayerPair(name, chosen[name][1], second[partner][1]) for name, partner in partners.items()]
     for name, partner in partners.items():
@@ -157,11 +167,13 @@ def _layers(source: Source | Opened) -> Layers:
     files = None if isinstance(source, nn.Module | Opened) else _bare_files(Path(source))
     if files is not None:
         return _bare_layers(files)
-    components = (source if isinstance(source, Opened) else open_model(source)).components
+    opened = source if isinstance(source, Opened) else open_model(source)
     layers: Layers = {}
-    for component, model in components.items():
-        prefix = f"{component}." if len(components) > 1 else ""
+    for component, model in opened.components.items():
+        prefix = f"{component}." if len(opened.components) > 1 else ""
         for name, module in model.named_modules():
+            if name in opened.unstored:
+                continue
             if isinstance(module, CersaLinear):
                 layers[prefix + name] = (module.out_features, module.in_features), module.effective_weight
             elif type(module) is nn.Linear:
@@ -212,27 +224,58 @@ def _adapted(base: Source, tuned: Source) -> Source | Opened:
         load_adapter(opened.components, file, keep_base=False)
         return opened
     if (path / PEFT_DESCRIPTION).is_file():
-        from peft import PeftModel
-
-        opened = _copy(base, tuned)
-        if list(opened.components) != ["model"]:
-            raise ConfigError(f"{tuned} is an adapter of peft, and {_title(base)} is a pipeline: give the model it belongs to")
-        try:
-            return Opened({"model": _merged(PeftModel.from_pretrained(opened.components["model"], str(path)))})
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BaseMismatchError(f"{tuned} does not fit {_title(base)}: {reason}") from error
+        return _with_peft(base, path)
     if (path / LORA_FILE).is_file() or path.name == LORA_FILE:
-        opened = _copy(base, tuned)
-        if opened.pipeline is None:
-            raise ConfigError(f"{tuned} is a LoRA of a pipeline, and {_title(base)} is none: give the folder of the pipeline")
-        opened.pipeline.load_lora_weights(str(path))
-        opened.pipeline.fuse_lora(
-            components=[name for name in opened.components if hasattr(getattr(opened.pipeline, name), "peft_config")]
-        )
-        opened.pipeline.unload_lora_weights()
-        return opened
+        return _with_lora(base, path)
     return tuned
+
+
+def _with_peft(base: Source, adapter: Path) -> Opened:
+    # Imported here: only these adapters need it.
+    from peft import PeftModel
+
+    components = _copy(base, adapter).components
+    if list(components) != ["model"]:
+        raise ConfigError(f"{adapter} is an adapter of peft, and {_title(base)} is a pipeline: give the model it belongs to")
+    owner = _owner(components["model"], adapter, base)
+    try:
+        return Opened({"model": _merged(PeftModel.from_pretrained(owner, str(adapter)))})
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseMismatchError(f"{adapter} does not fit {_title(base)}: {reason}") from error
+
+
+def _with_lora(base: Source, adapter: Path) -> Opened:
+    opened = _copy(base, adapter)
+    if opened.pipeline is None:
+        raise ConfigError(f"{adapter} is a LoRA of a pipeline, and {_title(base)} is none: give the folder of the pipeline")
+    opened.pipeline.load_lora_weights(str(adapter))
+    adapted = [name for name, model in opened.components.items() if getattr(model, "peft_config", None)]
+    opened.pipeline.fuse_lora(components=adapted)
+    opened.pipeline.unload_lora_weights()
+    return opened
+
+
+def _owner(model: nn.Module, adapter: Path, base: Source) -> nn.Module:
+    """The model that the names of a peft adapter are those of: this one, or the one inside without its head.
+
+    peft itself only warns of names that it does not find, and leaves the model as it is.
+    """
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{adapter}: no adapter_model.safetensors in it, expected the folder of a peft adapter")
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.keys() if ".lora_" in key}
+    if not names:
+        raise ConfigError(f"{adapter}: no LoRA in it, expected LoRA, PiSSA or DoRA")
+    for candidate in (model, getattr(model, "base_model", model)):
+        missing = sorted(names - {name for name, _ in candidate.named_modules()})
+        if not missing:
+            return candidate
+    raise BaseMismatchError(
+        f"{_title(base)} lacks {len(missing)} of the {len(names)} layers of {adapter}, e.g. {missing[:3]}: give the folder of "
+        "the very model, with its head, that the adapter was trained on"
+    )
 
 
 def _copy(base: Source, tuned: Source) -> Opened:

@@ -1,7 +1,7 @@
 """How far fine-tuning turned the principal subspaces of the weights: psi (CERSA, Eq. 3), Table 16 and Fig. 11 and 12."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -177,7 +177,9 @@ def draw_grids(similarities: Sequence[LayerSimilarity], side: str) -> "Figure":
         for panel, own in zip(line, layers, strict=False):
             distance = distances[own.name]
             edges = (0.5, distance.shape[0] + 0.5, 0.5, distance.shape[1] + 0.5)
-            image = panel.imshow(distance.T, norm=scale, origin="lower", extent=edges, aspect="auto", interpolation="nearest")
+            image = panel.imshow(
+                distance.T.numpy(), norm=scale, origin="lower", extent=edges, aspect="auto", interpolation="nearest"
+            )
             panel.set_title(f"{own.kind}: {own.name}"[-44:], fontsize=7)
             panel.set(xlabel="i, before", ylabel="j, after")
     figure.colorbar(image, ax=panels.ravel().tolist(), label="1 - psi")

@@ -122,9 +122,12 @@ def draw_ranks(rows: Sequence[Mapping]) -> "Figure":
         full = max(min(row["m"], row["n"]) for row in rows if row["kind"] == kind)
         panel.axhline(full, color="gray", linestyle=":")
         panel.set(title=kind, xlabel="layer")
+        panel.set_xlim(-0.5, max(row["depth"] for row in rows if row["kind"] == kind) + 0.5)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(kinds) :]:
         panel.axis("off")
+    # After all curves: the axis is shared.
+    panels[0].set_ylim(bottom=0)
     for line in range(lines):
         panels[line * columns].set_ylabel("rank (dotted: full)")
     figure.legend(*panels[0].get_legend_handles_labels(), title="alpha", loc="outside right center")

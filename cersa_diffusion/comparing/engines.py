@@ -49,6 +49,10 @@ def run_task(task: Task) -> None:
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
+    _check(task, code)
+
+
+def _check(task: Task, code: int) -> None:
     if code:
         lines = task.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; all it said is in {task.log})")
@@ -82,6 +86,11 @@ def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
     import ray
     import torch
 
+    def run_remotely(command: tuple[str, ...], log: str) -> int:
+        # Refers to nothing of this package: a worker that only waits for a process need not load torch.
+        with open(log, "a", encoding="utf-8") as file:
+            return subprocess.call(command, stdout=file, stderr=file)
+
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
@@ -91,15 +100,15 @@ def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
             num_gpus=1 if torch.cuda.is_available() else 0,
             max_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        )(run_task)
-        running = {remote.remote(task): task for task in tasks}
+        )(run_remotely)
+        for task in tasks:
+            task.log.parent.mkdir(parents=True, exist_ok=True)
+        running = {remote.remote(task.command, str(task.log)): task for task in tasks}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise CersaError(str(error.cause)) from error
-            yield running.pop(done)
+            task = running.pop(done)
+            _check(task, ray.get(done))
+            yield task
     finally:
         ray.shutdown()
 

@@ -1,6 +1,5 @@
 """The Compare tab: the same prompts and seeds by the untouched base and by any runs, side by side."""
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ class CompareTab:
     def __init__(self, app: App):
         self.app, self.limits = app, app.settings.limits
         # The adapters that this visitor has uploaded: name -> run.
-        self.uploaded = gr.State({})
+        self.uploaded = gr.State({}, delete_callback=_forget)
         # Whose strengths the sliders hold, in their order.
         self.slider_names = gr.State([])
         self.known_runs = gr.State(())
@@ -106,7 +105,10 @@ class CompareTab:
             self.go = gr.Button("Draw", variant="primary", elem_id="draw")
             self.stop = gr.Button("Stop", elem_id="stop-drawing")
         with gr.Accordion("Strength sweep", open=False):
-            self.sweep_run = gr.Dropdown([], label="Adapter", info="drawn at strength 0 to 1.5, with the first prompt and seed")
+            # Checked by this app against the folders as they are, not by Gradio against a list of before.
+            self.sweep_run = gr.Dropdown(
+                [], label="Adapter", info="drawn at strength 0 to 1.5, with the first prompt and seed", allow_custom_value=True
+            )
             self.sweep = gr.Button("Draw the sweep", elem_id="sweep")
         self.status = gr.Markdown("", elem_id="compare-status", elem_classes="status")
         self.table = gr.HTML(elem_id="compare-table")
@@ -199,7 +201,7 @@ class CompareTab:
 
     def run_sweep(self, name: str | None, uploaded: dict[str, Run], *values) -> Iterator[tuple]:
         """Draws the first prompt and seed by one adapter at strengths from 0 to 1.5."""
-        if not name:
+        if not name or name == UNTOUCHED:
             raise ConfigError("choose the adapter to sweep: tick one among the columns first")
         comparison, _ = self.read_form(uploaded, *values)
         [run] = self._runs(comparison.base, [name], uploaded)
@@ -217,10 +219,9 @@ class CompareTab:
             finished[drawn.row, drawn.column] = drawn
             text = f"{len(finished)} of {total} pictures"
             yield text, comparison_table(rows, headings, finished, notes), gr.skip(), gr.skip()
-        path = self.app.settings.work_dir / "downloads" / secrets.token_hex(8) / "pictures.png"
-        path.parent.mkdir(parents=True)
+        path = self.app.place("pictures.png")
         grid_picture(rows, headings, finished).save(path)
-        yield f"{total} pictures, done", gr.skip(), gr.update(value=str(path), interactive=True), gr.skip()
+        yield f"{total} picture{'s' * (total != 1)}, done", gr.skip(), gr.update(value=str(path), interactive=True), gr.skip()
 
     def shared(self) -> list:
         """What shared settings fill: the fields, and whose strengths the sliders hold."""
@@ -306,3 +307,9 @@ class CompareTab:
         values[0] = gr.update(choices=bases, value=bases[0] if bases else None)
         values[1] = gr.update(choices=choices, value=choices[:3])
         return values
+
+
+def _forget(uploaded: dict[str, Run]) -> None:
+    """Removes the adapters of a visitor who has left."""
+    for run in uploaded.values():
+        run.weights_path.unlink(missing_ok=True)

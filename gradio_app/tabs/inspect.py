@@ -1,6 +1,5 @@
 """The Inspect tab: where the ranks of a base are, what they cost, and what an adapter file says of itself."""
 
-import secrets
 from pathlib import Path
 
 import gradio as gr
@@ -21,16 +20,22 @@ class InspectTab:
     def __init__(self, app: App):
         self.app = app
         bases = list(app.library.bases())
-        with gr.Row(equal_height=True):
+        figure = {"type": "filepath", "interactive": False, "show_label": False, "buttons": ["fullscreen", "download"]}
+        with gr.Row():
             self.base = gr.Dropdown(bases, value=bases[0] if bases else None, label="Base", min_width=200)
             self.alpha = gr.Slider(0.5, 1, 0.95, step=0.01, label="alpha", min_width=200)
-            self.rank = gr.Slider(1, 256, 32, step=1, label="Rank of the LoRA beside it", min_width=200)
-            self.kind = gr.Dropdown([], label="Layers whose spectra are drawn", info="after the first look", min_width=200)
-            self.look = gr.Button("Look into the base", variant="primary", elem_id="inspect")
+            self.rank = gr.Slider(1, 256, 32, step=1, label="Rank of LoRA", min_width=200)
+            self.kind = gr.Dropdown([], label="Layers whose spectra are drawn", min_width=200)
+        self.look = gr.Button("Look into the base", variant="primary", elem_id="inspect")
         with gr.Row():
-            self.memory = gr.Image(label="Memory against alpha", type="filepath", interactive=False, min_width=300)
-            self.spectra = gr.Image(label="Spectra", type="filepath", interactive=False, min_width=300)
-        self.ranks = gr.Image(label="Ranks by layer, and compression", type="filepath", interactive=False)
+            with gr.Column(min_width=300):
+                gr.Markdown("#### Training memory against alpha")
+                self.memory = gr.Image(label="Training memory against alpha", **figure)
+            with gr.Column(min_width=300):
+                gr.Markdown("#### Spectra")
+                self.spectra = gr.Image(label="Spectra of the chosen layers", **figure)
+        gr.Markdown("#### Ranks by layer, and compression")
+        self.ranks = gr.Image(label="Ranks by layer, and compression", **figure)
         self.plan = gr.Textbox(label="Memory plan", lines=12, max_lines=24, elem_id="inspect-plan", elem_classes="report")
         with gr.Accordion("An adapter file", open=True), gr.Row():
             self.upload = gr.File(
@@ -61,10 +66,8 @@ class InspectTab:
             plan = plan_of(pipeline, float(alpha), int(rank))
             layers = surveyed(pipeline)
         kinds = list(plan.by_kind())
-        kind = kind if kind in kinds else kinds[0]
-        folder = self.app.settings.work_dir / "downloads" / secrets.token_hex(8)
-        folder.mkdir(parents=True)
-        files = [folder / f"{what}.png" for what in ("memory", "spectra", "ranks")]
+        kind = kind if kind in kinds else max(kinds, key=lambda each: len(plan.by_kind()[each]))
+        files = [self.app.place(f"{what}.png") for what in ("memory", "spectra", "ranks")]
         draw_memory(plan, memory_by_alpha(layers), float(alpha), files[0])
         draw_spectra(plan, kind, float(alpha), files[1])
         draw_ranks(plan, files[2])

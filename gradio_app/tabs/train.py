@@ -1,7 +1,6 @@
 """The Train tab: a form with its memory plan, the queue of trainings that all visitors share, and what comes out."""
 
 import html
-import secrets
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -54,7 +53,7 @@ class TrainTab:
         with gr.Row():
             with gr.Column(min_width=280):
                 self.pictures = gr.File(
-                    label=f"Pictures of the subject ({limits.fewest_pictures} to {limits.most_pictures}: PNG, JPEG, WebP)",
+                    label=f"{limits.fewest_pictures} to {limits.most_pictures} pictures of the subject",
                     file_count="multiple", file_types=uploads.SUFFIXES, height=150, elem_id="pictures-upload",
                 )  # fmt: skip
                 form = {
@@ -255,21 +254,16 @@ class TrainTab:
 
     def _copy(self, path: Path, name: str) -> str:
         # A copy, because Gradio serves what lies in its own folder; the folders of the runs stay closed to it.
-        copied = self._place(f"{name.replace('/', '-')}{path.suffix}")
+        copied = self.app.place(f"{name.replace('/', '-')}{path.suffix}")
         copied.write_bytes(path.read_bytes())
         return str(copied)
-
-    def _place(self, name: str) -> Path:
-        folder = self.app.settings.work_dir / "downloads" / secrets.token_hex(8)
-        folder.mkdir(parents=True)
-        return folder / name
 
     def make_lora(self, name: str | None, rank: float, keys: str) -> tuple:
         """Writes a CERSA result as a LoRA."""
         run = self.app.library.runs().get(name) if name else None
         if run is None or not issubclass(METHODS[run.method], CersaMethod) or keys not in LORA_FORMATS:
             raise ConfigError("choose a CERSA result: only these are turned into a LoRA")
-        path = self._place(f"{run.name.replace('/', '-')}-lora.safetensors")
+        path = self.app.place(f"{run.name.replace('/', '-')}-lora.safetensors")
         # A base of its own: pipelines in memory are shared and never changed.
         source = self.app.library.base(run.base_name).source
         with self.app.store.loading:

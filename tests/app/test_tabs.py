@@ -1,0 +1,110 @@
+"""What the events of the tabs do, without a browser: called as Gradio calls them."""
+
+import dataclasses
+
+import gradio as gr
+import pytest
+from safetensors.torch import load_file
+
+from cersa_diffusion.errors import ConfigError
+from gradio_app.comparing import UNTOUCHED, Comparison
+from gradio_app.tabs.compare import CompareTab
+from gradio_app.tabs.inspect import InspectTab
+from gradio_app.tabs.train import TrainTab
+from gradio_app.training import TrainForm
+
+from .conftest import wait_for
+
+RUN = "cat-cersa (2)"
+
+
+def built(tab_class, app):
+    with gr.Blocks():
+        return tab_class(app)
+
+
+def form(**changes) -> list:
+    return list(dataclasses.asdict(TrainForm("small", instance_prompt="a cat", steps=2, batch_size=1, **changes)).values())
+
+
+@pytest.fixture
+def pictures(subject_path) -> list[str]:
+    return [str(path) for path in sorted((subject_path / "instance").glob("*.png"))]
+
+
+def test_a_training_from_the_form_becomes_a_column_and_a_lora(app, pictures):
+    tab, compare = built(TrainTab, app), built(CompareTab, app)
+    assert tab.watch(None, None)[:-2] == [gr.skip()] * (len(tab.watching) - 2)
+    chosen, _ = tab.submit(pictures, *form())
+    name = chosen["value"]
+    first = tab.watch(name, None)
+    assert "waiting" in first[1] or "preparing" in first[1]
+    wait_for(lambda jobs: jobs[name][0].state == "finished", app.jobs)
+    seen = tab.watch(name, first[-1])
+    assert "finished" in seen[1] and "<img" in seen[4] and len(seen[3]["value"]) == 2
+    assert tab.watch(name, seen[-1]) == [gr.skip()] * len(tab.watching)
+    _, columns = compare.refresh_columns((), "small", [UNTOUCHED], {})
+    assert name in columns["choices"] and columns["value"] == [UNTOUCHED]
+    file = tab.choose_result(name)[0]
+    assert load_file(file["value"]) and str(app.settings.runs_dirs[0]) not in file["value"]
+    lora, report = tab.make_lora(name, 4, "diffusers")
+    assert any(".lora_A." in key for key in load_file(lora["value"])) and "rank 4" in report["value"]
+    assert str(app.settings.work_dir) not in report["value"]
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [(2, {}, "2 pictures"), (5, {"beta": 0.0}, "beta"), (5, {"method": "os.system"}, "method"), (5, {"alpha": 7.0}, "alpha")],
+)
+def test_nothing_is_written_for_a_form_that_is_wrong(app, pictures, count, changes, message):
+    tab = built(TrainTab, app)
+    with pytest.raises(ConfigError, match=message):
+        tab.submit(pictures[:count], *form(**changes))
+    assert not list(app.settings.runs_dirs[0].iterdir()) and not app.jobs.jobs()
+
+
+def test_the_plan_says_why_there_is_none(app):
+    tab = built(TrainTab, app)
+    assert "together" in tab.show_plan(*form())
+    assert "no memory size" in tab.show_plan(*form(memory_budget="much"))
+
+
+def test_shared_settings_fill_the_form(app):
+    tab = built(CompareTab, app)
+    shared = Comparison("small", (UNTOUCHED, RUN, "gone"), ("a", "b"), (4, 5), {RUN: 0.5}, steps=7, negative_prompt="dog")
+    values = tab.use_settings(shared.to_json(), {})
+    assert values[1]["value"] == [UNTOUCHED, RUN] and values[2] == "a\nb" and values[4] == "4, 5" and values[5] == 7
+    assert values[9]["value"] == 0.5 and values[9]["visible"] and not values[10]["visible"] and values[-1] == [RUN]
+    for text in ("", "{}", '{"base": "/etc"}', shared.to_json().replace('"steps": 7', '"steps": 700')):
+        with pytest.raises((ConfigError, TypeError)):
+            tab.use_settings(text, {})
+
+
+def test_strengths_stay_with_their_adapters(app):
+    tab = built(CompareTab, app)
+    names = [RUN, "cat-lora (2)"]
+    after = tab.update_strengths({}, ["cat-lora (2)"], names, 0.3, 0.7, 1, 1, 1, 1)
+    assert after[1] == ["cat-lora (2)"] and after[2]["value"] == 0.7 and after[3]["value"] == 1.0
+
+
+def test_an_uploaded_adapter_is_a_column_of_its_visitor_alone(app, runs_dir, tmp_path):
+    tab = built(CompareTab, app)
+    file = tmp_path / "from elsewhere.safetensors"
+    file.write_bytes((runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors").read_bytes())
+    mine, columns, _ = tab.add_adapter(str(file), {}, "small", [UNTOUCHED])
+    assert columns["value"] == [UNTOUCHED, "upload: from elsewhere"]
+    values = ["small", columns["value"], "a cat", "", "0", 1, 4.0, "DDIM", "sks", *[1.0] * 6]
+    *_, last = tab.run(mine, *values)
+    assert last[0] == "2 pictures, done"
+    with pytest.raises(ConfigError, match="no run named"):
+        list(tab.run({}, *values))
+
+
+def test_inspecting_draws_and_describes(app, runs_dir):
+    tab = built(InspectTab, app)
+    *figures, table, kinds = tab.inspect("small", 0.9, 4, None)
+    assert all(open(path, "rb").read(4) == b"\x89PNG" for path in figures) and "CERSA" in table
+    again = tab.inspect("small", 0.9, 4, kinds["choices"][-1])
+    assert again[-1]["value"] == kinds["choices"][-1]
+    text = tab.describe(str(runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors"))
+    assert "instance_prompt" in text and "error of the weight changes" in text
