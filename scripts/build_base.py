@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
         ("first-clip", 3200, 128),
-        ("clip", 2600, 128),
+        ("clip", 4000, 128),
         ("vit", 500, 128),
         ("text", 400, 64),
         ("first-diffusion", 1550, 64),

@@ -128,7 +128,9 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is None and (output_dir / RESULT_FILE).exists():
         raise ConfigError(f"resume_from_checkpoint: {output_dir} is finished and has no checkpoint to go on from")
-    if checkpoint and checkpoint_step(checkpoint) >= total_steps:
+    # A run that was killed between its last checkpoint and its result only has the result to write.
+    finished = (output_dir / RESULT_FILE).exists() or (checkpoint and checkpoint_step(checkpoint) > total_steps)
+    if checkpoint and finished and checkpoint_step(checkpoint) >= total_steps:
         raise ConfigError(
             f"resume_from_checkpoint: {checkpoint} has done {checkpoint_step(checkpoint)} steps of {total_steps}: raise "
             "max_train_steps (or num_train_epochs) to train longer"

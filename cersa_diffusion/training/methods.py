@@ -17,6 +17,7 @@ from cersa_diffusion.pipelines import load_cersa_weights
 from cersa_diffusion.planner import choose_ranks
 from cersa_diffusion.training.base import default_targets, load_base
 from cersa_diffusion.training.config import DreamBoothConfig
+from cersa_diffusion.training.optimizers import optimizer_name
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -102,7 +103,7 @@ class CersaMethod(Method):
     def plan(self, components: dict[str, nn.Module], dtype: torch.dtype) -> None:
         if self.config.memory_budget is not None:
             configs = {name: self._cersa_config(name) for name in components}
-            self.ranks = choose_ranks(components, configs, weight_dtype=dtype)
+            self.ranks = choose_ranks(components, configs, weight_dtype=dtype, optimizer=optimizer_name(self.config))
 
     def adaptation(self, component: str) -> CersaAdaptation:
         return CersaAdaptation(self._cersa_config(component), self.ranks.get(component))

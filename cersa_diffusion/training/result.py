@@ -22,7 +22,7 @@ class TrainResult:
         steps: optimizer steps done in all.
         seconds: time spent in training steps by this call (a resumed run counts its own part).
         decompose_seconds: time spent preparing the models for the method.
-        loss: mean loss of the last tenth of the steps of this call.
+        loss: mean loss of the last tenth of the steps of this call; None if all had been done before.
         trainable_parameters: numbers that are trained.
         weight_bytes, gradient_bytes, optimizer_bytes: tensors of the trained components while training, without activations.
         peak_memory_bytes: on a GPU the most that was allocated, else the most that the process has held.
@@ -37,7 +37,7 @@ class TrainResult:
     steps: int
     seconds: float
     decompose_seconds: float
-    loss: float
+    loss: float | None
     trainable_parameters: int
     weight_bytes: int
     gradient_bytes: int
@@ -49,7 +49,10 @@ class TrainResult:
 
     def write(self) -> None:
         """Writes the result beside the weights; its presence says that the run is finished."""
-        (Path(self.output_dir) / RESULT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        path = Path(self.output_dir) / RESULT_FILE
+        temporary = path.with_name(f".{RESULT_FILE}.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(path)
 
     def snippet(self, config: DreamBoothConfig) -> str:
         """Lines of Python that draw with the result.
@@ -74,8 +77,9 @@ class TrainResult:
         """
         tensors = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         snippet = self.snippet(config).replace("\n", "\n    ")
+        loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean of the last tenth)"
         return f"""
-{self.method}: {self.steps} steps in {self.seconds:.0f} s, loss {self.loss:.4f} (mean of the last tenth)
+{self.method}: {self.steps} steps in {self.seconds:.0f} s{loss}
 trained {self.trainable_parameters / 1e6:.2f} M parameters; weights, gradients and optimizer {tensors / 2**20:.1f} MiB
 result  {self.weights_path} ({self.file_bytes / 2**20:.2f} MiB)
 

@@ -323,7 +323,7 @@ class DreamBoothRun:
             steps=self.total_steps,
             seconds=self.seconds,
             decompose_seconds=self.prepare_seconds,
-            loss=sum(tail) / len(tail),
+            loss=sum(tail) / len(tail) if tail else None,
             trainable_parameters=sum(parameter.numel() for parameter in trained),
             weight_bytes=_bytes(held.values()),
             gradient_bytes=_bytes(trained),

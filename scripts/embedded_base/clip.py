@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from .captions import CaptionTable
-from .clip_scores import accuracies, held_back_cats, normalised
+from .clip_scores import accuracies, averaged_accuracies, held_back_cats, normalised
 from .diffusion import training_pictures
 from .disturbance import disturbed
 from .names import all_emoji, is_held_back
@@ -202,6 +202,7 @@ def train_clip(folders: Folders, first_steps: int, steps: int, batch_size: int =
         (without(vocabulary, pairs)[1], "unpaired"),
     ):
         report |= accuracies(clip, tokenizer, pictures, prefix)
+    report |= averaged_accuracies(clip, tokenizer, without(vocabulary, pairs)[1], "unpaired")
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     print(report)
 

@@ -70,6 +70,40 @@ def accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, pr
     }
 
 
+# The ways to say the same thing over which a name's score is averaged (prompt ensembling, Radford et al. 2021, section 3.1.4).
+CAPTION_FORMS = (
+    "a {look} of {name}{background}",
+    "{name}, {look}{background}",
+    "an emoji of {name}{background}",
+    "{name}{background}",
+)
+
+
+def averaged_accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, prefix: str) -> dict[str, float]:
+    """How often the right name wins when the cosines of all caption forms are averaged.
+
+    Args:
+        clip: The model.
+        tokenizer: Its tokenizer.
+        pictures: The pictures; each is put on one background.
+        prefix: Put before the names of the figures.
+    """
+    names, colours = sorted(set(pictures.names)), list(COLOURS)
+    number = torch.arange(len(pictures.names))
+    images = normalised(Compositor(pictures)(number, number % len(colours)))
+    rows = []
+    for i, style in enumerate(pictures.styles):
+        fields = {"look": look(style), "background": background(colours[i % len(colours)])}
+        captions = [form.format(name=with_article(name), **fields) for form in CAPTION_FORMS for name in names]
+        rows.append(similarities(clip, images[i : i + 1], encode(tokenizer, captions))[0].view(len(CAPTION_FORMS), -1).mean(0))
+    scores, name = torch.stack(rows), torch.tensor([names.index(word) for word in pictures.names])
+    right = scores[number, name, None]
+    return {
+        f"{prefix}_averaged_top1_name": (scores.argmax(1) == name).float().mean().item(),
+        f"{prefix}_averaged_top5_name": ((scores > right).sum(1) < 5).float().mean().item(),
+    }
+
+
 def held_back_cats(folders: Folders) -> Pictures:
     """The cat faces that no model has seen, in the 3D look.
 

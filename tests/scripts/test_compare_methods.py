@@ -1,10 +1,12 @@
 """scripts/compare_methods.py as a user starts it: a whole comparison in real processes, killed on the way; and bad options."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -39,11 +41,13 @@ def test_killed_on_the_way_and_started_again_gives_the_table_of_an_undisturbed_r
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_bad_study_is_one_line_and_nothing_is_written(study_file, tmp_path):  # noqa: F811
+def test_a_bad_study_is_one_line_and_nothing_is_written(study_file, monkeypatch, tmp_path):  # noqa: F811
     path = study_file("bad-script.toml", base="/no/such/base")
-    finished = run_script(SCRIPT, path, "--output", tmp_path / "out")
-    assert finished.returncode == 1 and not (tmp_path / "out").exists()
-    assert (
-        finished.stderr.strip().splitlines()[-1]
-        == f"error: study {path}: /no/such/base: no such folder, and not the form of a hub id (owner/name)"
-    )
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(path), "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / SCRIPT), run_name="__main__")
+    signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == f"error: study {path}: /no/such/base: no such folder, and not the form of a hub id (owner/name)"
+    assert not (tmp_path / "out").exists()

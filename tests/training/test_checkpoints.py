@@ -93,3 +93,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(finished):
     with pytest.raises(CersaError, match=r"checkpoint-8: cannot be written .*earlier checkpoints are untouched"):
         save_checkpoint(Accelerator(), {}, output, 8, limit=1)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_killed_between_the_last_checkpoint_and_the_result(finished, settings):
+    output, wanted = Path(finished.output_dir), load_file(finished.weights_path)
+    (output / "result.json").unlink()
+    Path(finished.weights_path).unlink()
+    resumed = train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 6}, resume_from_checkpoint="latest"), [])
+    again = load_file(resumed.weights_path)
+    assert resumed.steps == 6 and all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
