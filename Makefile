@@ -19,14 +19,13 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --editable ".[plot,score,test]"
+	$(RUN) -m pip install --editable ".[app,plot,score,test]"
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(RUN) scripts/demo.py
 
 app: $(INSTALLED)
-	$(RUN) -m pip install --quiet --editable ".[app,plot,score]"
 	$(RUN) gradio_app/app.py
 
 test: $(INSTALLED)
