@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=Path("outputs/demo"), help="folder for everything; emptied first unless --redraw"
     )
     names = sorted(path.name for path in SUBJECTS.iterdir())
-    parser.add_argument("--subject", choices=names, default="fluent-cat", help="what is learned")
+    parser.add_argument("--subject", choices=names, default="fluent-robot", help="what is learned")
     parser.add_argument("--steps", type=int, default=300, help="training steps per method")
     parser.add_argument("--redraw", action="store_true", help="keep the trained runs of the folder, only draw and score again")
     return parser.parse_args()

@@ -13,7 +13,7 @@ from ..conftest import REPOSITORY, run_script
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from embedded_base.captions import captions_of
-from embedded_base.clip import split_pairs
+from embedded_base.clip import unpaired_pictures, without
 from embedded_base.evaluation import recognition
 from embedded_base.names import Emoji, is_held_back, read_vocabulary
 from embedded_base.render import Pictures
@@ -57,7 +57,7 @@ def toy_pictures(names: list[str]) -> Pictures:
 
 def test_clip_learns_every_name_and_misses_a_hundred_in_one_style_each():
     pictures = toy_pictures([f"thing {number:03}" for number in range(230)])
-    learned, unpaired = split_pairs(pictures)
+    learned, unpaired = without(pictures, unpaired_pictures(pictures))
     pairs = set(zip(learned.names, learned.styles, strict=True))
     kept_out = set(zip(unpaired.names, unpaired.styles, strict=True))
     assert len(kept_out) == len(set(unpaired.names)) == 100 and not pairs & kept_out
