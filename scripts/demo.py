@@ -80,7 +80,7 @@ def columns(subject: dict) -> list[tuple[str, str]]:
     prompts = subject["evaluation_prompts"][:3]
     prompts += [entry["prompt"] for entry in subject["held_back"]]
     prompts += subject["drift_prompts"][:2]
-    return [(prompt.removeprefix("a "), prompt) for prompt in prompts]
+    return [(prompt.removeprefix("a "), prompt) for prompt in dict.fromkeys(prompts)]
 
 
 @dataclass(frozen=True)
