@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from cersa_diffusion.planner import MemoryPlan
 
 if TYPE_CHECKING:
+    from cersa_diffusion.training.config import DreamBoothConfig
     from cersa_diffusion.training.result import TrainResult
 
 
@@ -82,7 +83,14 @@ class TrainingCallback:
 
 
 class ProgressBar(TrainingCallback):
-    """The description of the run, then a bar with loss, learning rate, pictures a second and peak memory."""
+    """The description of the run, a bar with loss, learning rate, pictures a second and peak memory, and how to use the result.
+
+    Args:
+        config: the settings of the run.
+    """
+
+    def __init__(self, config: "DreamBoothConfig"):
+        self.config = config
 
     def on_start(self, start: RunStart) -> None:
         print("\n".join(start.description), flush=True)
@@ -104,3 +112,6 @@ class ProgressBar(TrainingCallback):
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self._bar.unpause()
+
+    def on_end(self, result: "TrainResult") -> None:
+        print(result.summary(self.config), flush=True)

@@ -44,7 +44,7 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
         TrainingStopped: a callback asked for it, after a checkpoint was written.
     """
-    callbacks = [ProgressBar()] if callbacks is None else callbacks
+    callbacks = [ProgressBar(config)] if callbacks is None else callbacks
     output_dir = Path(config.output_dir)
     check_optimizer(config)
     _check_trackers(config)
