@@ -80,7 +80,7 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
     else:
         # Written, but the result was not: there is no step left to go on with.
         shutil.rmtree(run / f"checkpoint-{config.max_train_steps}", ignore_errors=True)
-        result = train_dreambooth(config, [ProgressBar(), clock])
+        result = train_dreambooth(config, [ProgressBar(config), clock])
         before = clock.before
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
