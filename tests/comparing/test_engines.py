@@ -45,7 +45,13 @@ def test_an_interrupted_engine_lets_its_task_finish_a_checkpoint(tmp_path):
         "import pathlib, sys\nfrom cersa_diffusion.comparing.engines import Task, run_task\n"
         f"run_task(Task('x', (sys.executable, '-c', {child!r}), pathlib.Path({str(tmp_path / 'log')!r})))"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    # Whoever starts the tests in the background has them ignore Ctrl-C, and every process below them too.
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        cwd=REPOSITORY,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
