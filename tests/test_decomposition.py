@@ -112,7 +112,13 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_leaves_whole_entries_and_the_model_as_it_was(cache):
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    # Whoever starts the tests in the background has them ignore Ctrl-C, and every process below them too.
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while len(list(cache.folder.glob("*/*.safetensors"))) < 5:
         assert process.poll() is None
         time.sleep(0.01)

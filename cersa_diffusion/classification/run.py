@@ -111,33 +111,13 @@ def train_classifier(
         CersaError: a checkpoint that cannot be resumed.
         NonFiniteError: the loss became NaN or infinite.
     """
-    kind = "image" if isinstance(data, ImageData) else "text"
     output_dir = Path(arguments.output_dir)
     checkpoint = _checkpoint(settings, data, arguments, output_dir)
-    processor = load_processor(kind, settings)
-    # The main process fills the caches of the data sets, and of the decompositions, from which the others then read.
-    with arguments.main_process_first(desc="data"):
-        splits = load_images(data, arguments.seed) if kind == "image" else load_texts(data, arguments.seed)
-        config = load_config(settings, splits.label_names)
-        splits, collator = _inputs(splits, processor, data, config, arguments.seed)
-    with arguments.main_process_first(desc="model"):
-        classifier = load_for_training(kind, settings, processor, config, arguments.seed)
-    if arguments.bf16 or arguments.fp16:
-        classifier.cast_frozen(torch.bfloat16 if arguments.bf16 else torch.float16)
-    metric = metric_name(data) if kind == "text" else "accuracy"
-    validation = splits.validation if len(splits.validation) > 1 else next(iter(splits.validation.values()))
-    trainer = ClassifierTrainer(
-        classifier,
-        args=arguments,
-        train_dataset=splits.train,
-        eval_dataset=validation,
-        data_collator=collator,
-        compute_metrics=lambda outputs: {metric: METRICS[metric](_logits(outputs), outputs.label_ids)},
-    )
+    trainer, splits, metric = _prepare(settings, data, arguments)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / SETTINGS_FILE).write_text(json.dumps(_deciding(settings, data, arguments), indent=2) + "\n")
-        print(classifier.description, flush=True)
+        print(trainer.classifier.description, flush=True)
     start = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
@@ -165,6 +145,34 @@ def train_classifier(
     (output_dir / ROW_FILE).write_text(report.row)
     print(report.row, flush=True)
     return report
+
+
+def _prepare(
+    settings: ClassifierSettings, data: ImageData | TextData, arguments: RunArguments
+) -> tuple[ClassifierTrainer, Splits, str]:
+    """The Trainer with model and data, the examples, and the name of the metric."""
+    kind = "image" if isinstance(data, ImageData) else "text"
+    processor = load_processor(kind, settings)
+    # The main process fills the caches of the data sets, and of the decompositions, from which the others then read.
+    with arguments.main_process_first(desc="data"):
+        splits = load_images(data, arguments.seed) if kind == "image" else load_texts(data, arguments.seed)
+        config = load_config(settings, splits.label_names)
+        splits, collator = _inputs(splits, processor, data, config, arguments.seed)
+    with arguments.main_process_first(desc="model"):
+        classifier = load_for_training(kind, settings, processor, config, arguments.seed)
+    if arguments.bf16 or arguments.fp16:
+        classifier.cast_frozen(torch.bfloat16 if arguments.bf16 else torch.float16)
+    metric = metric_name(data) if kind == "text" else "accuracy"
+    validation = splits.validation if len(splits.validation) > 1 else next(iter(splits.validation.values()))
+    trainer = ClassifierTrainer(
+        classifier,
+        args=arguments,
+        train_dataset=splits.train,
+        eval_dataset=validation,
+        data_collator=collator,
+        compute_metrics=lambda outputs: {metric: METRICS[metric](_logits(outputs), outputs.label_ids)},
+    )
+    return trainer, splits, metric
 
 
 def _logits(outputs: EvalPrediction) -> np.ndarray:
