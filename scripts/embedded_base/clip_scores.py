@@ -9,6 +9,14 @@ from .pictures import Compositor
 from .render import Pictures, load_pictures
 from .settings import CAT_FACES, COLOURS, STYLES, Folders
 
+# The ways to say the same thing over which a name's score is averaged (prompt ensembling, Radford et al. 2021, section 3.1.4).
+CAPTION_FORMS = (
+    "a {look} of {name}{background}",
+    "{name}, {look}{background}",
+    "an emoji of {name}{background}",
+    "{name}{background}",
+)
+
 
 def normalised(pictures: torch.Tensor) -> torch.Tensor:
     """Pictures as CLIP takes them.
@@ -50,7 +58,7 @@ def accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, pr
     style = torch.tensor([STYLES.index(word) for word in pictures.styles])
     colour = number % len(COLOURS)
     captions = [
-        f"a {look(style_word)} of {with_article(name_word)}{background(colour_word)}"
+        CAPTION_FORMS[0].format(look=look(style_word), name=with_article(name_word), background=background(colour_word))
         for name_word in names
         for style_word in STYLES
         for colour_word in COLOURS
@@ -68,15 +76,6 @@ def accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, pr
         f"{prefix}_top1_style": (by_style.argmax(1) == style).float().mean().item(),
         f"{prefix}_top1_background": (by_colour.argmax(1) == colour).float().mean().item(),
     }
-
-
-# The ways to say the same thing over which a name's score is averaged (prompt ensembling, Radford et al. 2021, section 3.1.4).
-CAPTION_FORMS = (
-    "a {look} of {name}{background}",
-    "{name}, {look}{background}",
-    "an emoji of {name}{background}",
-    "{name}{background}",
-)
 
 
 def averaged_accuracies(clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, prefix: str) -> dict[str, float]:

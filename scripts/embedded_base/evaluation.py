@@ -10,7 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPModel
 
 from .captions import background, encode, look, with_article
-from .clip_scores import normalised, similarities
+from .clip_scores import CAPTION_FORMS, normalised, similarities
 from .diffusion import training_pictures
 from .pictures import Compositor
 from .pipeline import SAMPLE_GUIDANCE, draw_samples, load_pipeline
@@ -21,15 +21,16 @@ NAMES = 100
 TIMED_STEPS = 20
 
 
-def caption(name: str, style: str, colour: str) -> str:
-    """The caption of a picture, in the form that the base was trained on most.
+def caption(name: str, style: str, colour: str, form: str = CAPTION_FORMS[0]) -> str:
+    """The caption of a picture.
 
     Args:
         name: Name of the emoji.
         style: Look.
         colour: Name of the background.
+        form: One of `CAPTION_FORMS`; the first is the one that the base was trained on most.
     """
-    return f"a {look(style)} of {with_article(name)}{background(colour)}"
+    return form.format(look=look(style), name=with_article(name), background=background(colour))
 
 
 class Judge:
@@ -46,31 +47,36 @@ class Judge:
         self.names = names
 
     def scores(self, pictures: torch.Tensor, styles: list[str], colours: list[str]) -> torch.Tensor:
-        """CLIP's cosines, `[pictures, names]`.
+        """CLIP's cosines, `[forms, pictures, names]`, for every one of `CAPTION_FORMS`.
 
         Args:
             pictures: Pictures between -1 and 1.
             styles: Look of each.
             colours: Background of each.
         """
-        rows = torch.empty(len(pictures), len(self.names))
+        rows = torch.empty(len(CAPTION_FORMS), len(pictures), len(self.names))
         for style in STYLES:
             for colour in COLOURS:
                 chosen = [i for i, pair in enumerate(zip(styles, colours, strict=True)) if pair == (style, colour)]
                 if chosen:
-                    captions = encode(self.tokenizer, [caption(name, style, colour) for name in self.names])
-                    rows[chosen] = similarities(self.clip, normalised(pictures[chosen]), captions)
+                    texts = [caption(name, style, colour, form) for form in CAPTION_FORMS for name in self.names]
+                    found = similarities(self.clip, normalised(pictures[chosen]), encode(self.tokenizer, texts))
+                    rows[:, chosen] = found.view(len(chosen), len(CAPTION_FORMS), -1).transpose(0, 1)
         return rows
 
 
 def recognition(scores: torch.Tensor, right: torch.Tensor, prefix: str) -> dict[str, float]:
-    """How often the right name comes first, is among five, and beats one other name drawn at random.
+    """How often the right name is found, with one form of captions and with the cosines of all forms averaged.
 
     Args:
-        scores: Cosines, `[pictures, names]`.
+        scores: Cosines, `[forms, pictures, names]`.
         right: Number of the right name of each picture.
         prefix: Put before the names of the figures.
     """
+    return _recognition(scores[0], right, prefix) | _recognition(scores.mean(0), right, f"{prefix}_averaged")
+
+
+def _recognition(scores: torch.Tensor, right: torch.Tensor, prefix: str) -> dict[str, float]:
     number = torch.arange(len(scores))
     own = scores[number, right]
     generator = torch.Generator().manual_seed(0)
