@@ -28,7 +28,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of pipelines to offer as bases; may be repeated (default: assets)",
     )
     parser.add_argument(
-        "--runs-dir", type=Path, action="append", help="folder of trained runs; new ones go into the first (default: outputs/app)"
+        "--runs-dir",
+        type=Path,
+        action="append",
+        help="folder of trained runs; may be repeated, new ones go into the first (default: outputs/app and outputs/demo)",
     )
     parser.add_argument(
         "--base", action="append", default=[], help="a further base: path or hub id of a diffusers checkpoint; may be repeated"
@@ -69,7 +72,7 @@ def main() -> None:
     app = App.of(
         AppSettings(
             models_dirs=tuple(path.resolve() for path in arguments.models_dir or [REPOSITORY / "assets"]),
-            runs_dirs=tuple(path.resolve() for path in arguments.runs_dir or [Path("outputs/app")]),
+            runs_dirs=tuple(path.resolve() for path in arguments.runs_dir or [Path("outputs/app"), Path("outputs/demo")]),
             work_dir=work_dir,
             bases=tuple(arguments.base),
             clip=None if arguments.clip == "none" else arguments.clip,

@@ -126,13 +126,14 @@ class Library:
         return found
 
     def _folders(self, marker: str) -> Iterator[tuple[str, Path]]:
+        labels = _different([runs_dir.name for runs_dir in self.runs_dirs])
         for number, runs_dir in enumerate(self.runs_dirs):
             for depth in range(1, DEPTH + 1):
                 for path in sorted(runs_dir.glob("/".join(["*"] * depth + [marker]))):
                     # A link that leads out of the folder is not in the folder.
                     if path.resolve().is_relative_to(runs_dir.resolve()):
                         name = path.parent.relative_to(runs_dir).as_posix()
-                        yield (f"{name} ({number + 1})" if number else name), path.parent
+                        yield (f"{labels[number]}: {name}" if number else name), path.parent
 
 
 def _read_config(folder: Path) -> DreamBoothConfig:
@@ -172,6 +173,11 @@ def _only_safetensors(path: Path) -> bool:
     """Whether nothing in a file or folder would be opened as a pickle."""
     pickles = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
     return path.suffix not in pickles and not any(file.suffix in pickles for file in path.glob("*/*"))
+
+
+def _different(names: list[str]) -> list[str]:
+    """The names, those that came before with a number."""
+    return [f"{name} {names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _add(found: dict[str, Base], name: str, source: str) -> None:

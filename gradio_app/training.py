@@ -53,7 +53,7 @@ class TrainForm:
     beta: float = 0.95
     memory_budget: str = ""
     rank: int = 32
-    instance_prompt: str = "a 3d emoji of a sks cat"
+    instance_prompt: str = "a 3d emoji of a sks robot"
     class_prompt: str = ""
     preview_prompt: str = ""
     steps: int = 300

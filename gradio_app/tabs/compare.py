@@ -14,7 +14,9 @@ from gradio_app.messages import warn
 from gradio_app.state import App
 from gradio_app.view import comparison_table, grid_picture, headings_of, size_text
 
-EXAMPLE_PROMPT = "a 3d emoji of a sks cat on a blue background"
+# Columns that are ticked when the page opens: the base and, after `make demo`, its three methods.
+CHOSEN = 4
+EXAMPLE_PROMPT = "a 3d emoji of a sks robot on a blue background"
 # The address of the page carries the settings of the last comparison, so that it can be sent to somebody.
 TO_ADDRESS = """(text) => {
     const address = new URL(window.location);
@@ -83,7 +85,7 @@ class CompareTab:
             with gr.Column(scale=2, min_width=280):
                 base = gr.Dropdown(bases, value=first, label="Base", elem_id="base")
                 columns = gr.CheckboxGroup(
-                    choices, value=choices[:3], label="Columns", info=f"up to {self.limits.columns}", elem_id="columns"
+                    choices, value=choices[:CHOSEN], label="Columns", info=f"up to {self.limits.columns}", elem_id="columns"
                 )
                 upload = gr.File(
                     label="Add a CERSA adapter (.safetensors)", file_types=[".safetensors"], height=150, elem_id="adapter-upload"
@@ -244,7 +246,7 @@ class CompareTab:
     def update_columns(self, base: str, uploaded: dict[str, Run]):
         """The columns that another base offers."""
         choices = self.columns(base, uploaded)
-        return gr.update(choices=choices, value=choices[:3])
+        return gr.update(choices=choices, value=choices[:CHOSEN])
 
     def refresh_columns(self, known: tuple[str, ...], base: str, columns: list[str], uploaded: dict[str, Run]) -> tuple:
         """The columns to choose from, where runs have come or gone since the last look."""
@@ -305,7 +307,7 @@ class CompareTab:
         bases = list(self.app.library.bases())
         choices = self.columns(bases[0], uploaded) if bases else [UNTOUCHED]
         values[0] = gr.update(choices=bases, value=bases[0] if bases else None)
-        values[1] = gr.update(choices=choices, value=choices[:3])
+        values[1] = gr.update(choices=choices, value=choices[:CHOSEN])
         return values
 
 

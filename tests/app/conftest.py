@@ -32,7 +32,7 @@ def models_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs_dir(tmp_path_factory, models_dir, subject_path) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("trained", numbered=False)
     for method in METHODS:
         AcceleratorState._reset_state(reset_partial_state=True)
         train_dreambooth(

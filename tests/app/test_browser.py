@@ -137,7 +137,7 @@ def test_train_cancel_train_again_and_compare(page, browser, address, subject_pa
     download.value.save_as(tmp_path / "taken-away.safetensors")
     open_tab(page, "Inspect")
     page.locator("#info-upload input[type=file]").set_input_files(tmp_path / "taken-away.safetensors")
-    expect(page.locator("#info textarea")).to_have_value(re.compile("a 3d emoji of a sks cat"), timeout=PATIENCE)
+    expect(page.locator("#info textarea")).to_have_value(re.compile("a 3d emoji of a sks robot"), timeout=PATIENCE)
     page.get_by_role("button", name="Look into the base").click()
     expect(page.locator("#inspect-plan textarea")).to_have_value(re.compile("CERSA"), timeout=PATIENCE)
     shot(page, "inspect")

@@ -108,7 +108,7 @@ def test_columns_are_what_the_pipelines_draw(app):
         assert each.seconds > 0 and each.memory > 0 and each.score is None
 
 
-@pytest.mark.parametrize("name", ["cat-cersa (2)", "cat-lora (2)"])
+@pytest.mark.parametrize("name", ["trained: cat-cersa", "trained: cat-lora"])
 def test_strength_and_sweep(app, name):
     base, run = app.library.base("small"), app.library.runs()[name]
     swept = [each.picture for each in draw_sweep(COMPARISON, base, run, app.store, app.scorer)]
@@ -124,7 +124,7 @@ def test_strength_and_sweep(app, name):
 
 
 def test_a_fully_tuned_model_has_no_sweep(app):
-    run = app.library.runs()["cat-full (2)"]
+    run = app.library.runs()["trained: cat-full"]
     with pytest.raises(ConfigError, match="no strength"):
         list(draw_sweep(COMPARISON, app.library.base("small"), run, app.store, app.scorer))
 

@@ -21,6 +21,13 @@ def test_bases_and_runs_of_the_folders_are_listed(models_dir, runs_dir):
     assert runs["cat-cersa"].training_bytes > runs["cat-cersa"].file_bytes
 
 
+def test_runs_of_further_folders_carry_the_name_of_their_folder(models_dir, runs_dir, tmp_path):
+    again = tmp_path / runs_dir.name
+    shutil.copytree(runs_dir / "cat-lora", again / "cat-lora")
+    names = list(Library([models_dir], [tmp_path / "none", runs_dir, again]).runs())
+    assert names == ["trained: cat-cersa", "trained: cat-full", "trained: cat-lora", "trained 2: cat-lora"]
+
+
 def test_a_folder_that_is_a_pipeline_and_a_given_base_are_bases(models_dir):
     assert list(Library([models_dir / "small"], []).bases()) == ["small"]
     assert list(Library([], [], [str(models_dir / "small"), "someone/a-model"]).bases()) == ["small", "someone/a-model"]

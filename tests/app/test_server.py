@@ -13,7 +13,7 @@ from gradio_client import Client
 
 from gradio_app.comparing import SCHEDULERS, UNTOUCHED
 
-RUN = "cat-cersa (2)"
+RUN = "trained: cat-cersa"
 
 
 def fetch(address: str, path: str, data: bytes | None = None, **headers) -> tuple[int, bytes]:

@@ -16,13 +16,13 @@ def library(settings) -> tuple:
 def test_the_least_recently_used_makes_room(settings):
     base, runs = library(settings)
     store, seen = PipelineStore(2), {}
-    for name in (None, "cat-cersa (2)", None, "cat-lora (2)", None):
+    for name in (None, "trained: cat-cersa", None, "trained: cat-lora", None):
         with store.lease(base, runs.get(name)) as pipeline:
             assert name not in seen or seen[name] is pipeline
             seen[name] = pipeline
         assert store.held() <= 2
-    with store.lease(base, runs["cat-cersa (2)"]) as again:
-        assert again is not seen["cat-cersa (2)"]
+    with store.lease(base, runs["trained: cat-cersa"]) as again:
+        assert again is not seen["trained: cat-cersa"]
 
 
 def test_equal_parts_are_one_object(settings):
@@ -30,7 +30,7 @@ def test_equal_parts_are_one_object(settings):
     store = PipelineStore(4)
     with store.lease(base) as first:
         vae, alone = first.vae, weight_bytes(first)
-        with store.lease(base, runs["cat-full (2)"]) as other:
+        with store.lease(base, runs["trained: cat-full"]) as other:
             assert other.vae is vae and other.unet is not first.unet
             assert weight_bytes(other) == alone
     assert alone == sum(p.numel() * 4 for m in (first.unet, first.vae, first.text_encoder) for p in m.parameters()) + sum(
@@ -40,7 +40,7 @@ def test_equal_parts_are_one_object(settings):
 
 def test_a_run_that_cannot_be_loaded_leaves_no_trace(settings, tmp_path):
     base, runs = library(settings)
-    store, run = PipelineStore(1), runs["cat-cersa (2)"]
+    store, run = PipelineStore(1), runs["trained: cat-cersa"]
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
     from dataclasses import replace

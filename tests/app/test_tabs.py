@@ -15,7 +15,7 @@ from gradio_app.training import TrainForm
 
 from .conftest import wait_for
 
-RUN = "cat-cersa (2)"
+RUN = "trained: cat-cersa"
 
 
 def built(tab_class, app):
@@ -82,9 +82,9 @@ def test_shared_settings_fill_the_form(app):
 
 def test_strengths_stay_with_their_adapters(app):
     tab = built(CompareTab, app)
-    names = [RUN, "cat-lora (2)"]
-    after = tab.update_strengths({}, ["cat-lora (2)"], names, 0.3, 0.7, 1, 1, 1, 1)
-    assert after[1] == ["cat-lora (2)"] and after[2]["value"] == 0.7 and after[3]["value"] == 1.0
+    names = [RUN, "trained: cat-lora"]
+    after = tab.update_strengths({}, ["trained: cat-lora"], names, 0.3, 0.7, 1, 1, 1, 1)
+    assert after[1] == ["trained: cat-lora"] and after[2]["value"] == 0.7 and after[3]["value"] == 1.0
 
 
 def test_an_uploaded_adapter_is_a_column_of_its_visitor_alone(app, runs_dir, tmp_path):
