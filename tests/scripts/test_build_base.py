@@ -81,10 +81,13 @@ def test_an_unknown_name_in_a_vocabulary_is_named():
 
 
 def test_recognition_counts_the_place_of_the_right_name():
-    scores = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.7, 0.1, 0.4, 0.5]])
-    report = recognition(scores, torch.tensor([0, 1, 3]), "x")
+    first = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.7, 0.1, 0.4, 0.5]])
+    other = first.clone()
+    other[1, 1] = 1.2  # on average the second picture's name comes first, too
+    report = recognition(torch.stack([first, other]), torch.tensor([0, 1, 3]), "x")
     assert report["x_top1"] == pytest.approx(1 / 3) and report["x_top5"] == pytest.approx(2 / 3)
     assert report["x_matched_score"] == pytest.approx(100 * (0.9 + 0.8 + 0.1) / 3)
+    assert report["x_averaged_top1"] == pytest.approx(2 / 3) and report["x_averaged_top5"] == pytest.approx(2 / 3)
 
 
 def test_captions_name_the_look_and_the_background():
