@@ -112,6 +112,8 @@ def save_cersa_weights(
     *,
     is_main_process: bool = True,
     dtype: torch.dtype = torch.float16,
+    save_energy: float | None = None,
+    save_bases: bool = False,
 ) -> None:
     """Saves one adapter of this pipeline as a file that `load_cersa_weights` reads.
 
@@ -122,10 +124,10 @@ def save_cersa_weights(
         adapter_name: which adapter; can be left out where there is only one.
         weight_name: name of the file; default `pytorch_cersa_weights.safetensors`.
         is_main_process: write; the other processes of a distributed run pass False.
-        dtype: storage dtype.
+        dtype, save_energy, save_bases: as `save_adapter`.
 
     Raises:
-        ConfigError: no such adapter, several without a name, or the directory is a file.
+        ConfigError: no such adapter, several without a name, the directory is a file, or a setting out of range.
         NonFiniteError: the adapter holds NaN or infinity; nothing is written.
     """
     components = pipeline_components(self)
@@ -142,9 +144,9 @@ def save_cersa_weights(
     facts = next(core[adapter_name].facts for core in cores if adapter_name in core)
     source = getattr(getattr(self, "config", None), "_name_or_path", None)
     facts = facts or {"base_model": {"name_or_path": source} if source else {}}
-    save_adapter(
-        components, Path(save_directory) / (weight_name or DEFAULT_FILE_NAME), adapter_name=adapter_name, dtype=dtype, **facts
-    )
+    path = Path(save_directory) / (weight_name or DEFAULT_FILE_NAME)
+    stored = {"dtype": dtype, "save_energy": save_energy, "save_bases": save_bases}
+    save_adapter(components, path, adapter_name=adapter_name, **stored, **facts)
 
 
 def unload_cersa_weights(self) -> None:

@@ -229,6 +229,18 @@ def test_saving_needs_a_name_where_there_are_several(adapter_file, tmp_path):
         pipe.save_cersa_weights(adapter_file("sd1"), "b")
 
 
+def test_saving_takes_the_options_of_a_single_model(adapter_file, tmp_path):
+    pipe = small.pipeline("sd1")
+    pipe.load_cersa_weights(adapter_file("sd1"))
+    for name, options in {"plain": {}, "less": {"save_energy": 0.1}, "bases": {"save_bases": True}}.items():
+        pipe.save_cersa_weights(tmp_path, weight_name=f"{name}.safetensors", **options)
+    size = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
+    assert size["less"] < size["plain"] < size["bases"]
+    with pytest.raises(ConfigError, match="save_energy"):
+        pipe.save_cersa_weights(tmp_path / "none", save_energy=2)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_trained_pipeline_saves_where_it_came_from(base_path, tmp_path):
     pipe = load_base(str(base_path))
     cersa.inject_cersa(pipe.text_encoder, CersaConfig(target_modules=["q_proj"]), show_progress=False)
