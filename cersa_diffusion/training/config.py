@@ -13,7 +13,8 @@ from cersa_diffusion.training.config_checks import check_config, check_types
 DEFAULT_STEPS = 500
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {"resume_from_checkpoint", "output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps",
-                  "checkpoints_total_limit", "validation_prompt", "num_validation_images", "validation_steps", "report_to",
+                  "checkpoints_total_limit", "validation_prompt", "num_validation_images", "validation_steps",
+                  "validation_inference_steps", "report_to",
                   "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "sample_batch_size",
                   "cache_to_disk", "allow_tf32"}  # fmt: skip
 
@@ -136,6 +137,7 @@ class DreamBoothConfig(MethodSettings):
     )
     num_validation_images: int = _option(4, "Pictures of each preview.")
     validation_steps: int = _option(100, "A preview every so many steps.")
+    validation_inference_steps: int = _option(25, "Denoising steps of the pipeline's scheduler for a preview.")
     report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
         None, "Also log loss, learning rates and previews there (needs that package)."
     )

@@ -21,6 +21,7 @@ NEEDS = {
     "bucket_step": "aspect_ratio_buckets",
     "num_validation_images": "validation_prompt",
     "validation_steps": "validation_prompt",
+    "validation_inference_steps": "validation_prompt",
     "logging_dir": "report_to",
     "hub_model_id": "push_to_hub",
     "hub_token": "push_to_hub",
@@ -28,8 +29,8 @@ NEEDS = {
     "image_column": "dataset_name",
 }
 AT_LEAST_ONE = ("num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
-                "checkpointing_steps", "num_validation_images", "validation_steps", "repeats", "max_train_steps",
-                "num_train_epochs", "checkpoints_total_limit", "lr_num_cycles")  # fmt: skip
+                "checkpointing_steps", "num_validation_images", "validation_steps", "validation_inference_steps", "repeats",
+                "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "lr_num_cycles")  # fmt: skip
 MORE_THAN_ZERO = ("learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_norm")
 AT_LEAST_ZERO = ("noise_offset", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "prior_loss_weight", "seed")
 # Smallest part of a picture that the models can see: a multiple of it is what pipelines accept.

@@ -22,13 +22,14 @@ def draw(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> list[Image.Im
 
     Args:
         pipeline: its models may differ in dtype, as they do in training.
-        config: prompt, number, size and seed.
+        config: prompt, number, size, seed and steps.
     """
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     for number in range(config.num_validation_images):
         latents = pipeline(
             config.validation_prompt,
+            num_inference_steps=config.validation_inference_steps,
             generator=torch.Generator().manual_seed(config.seed + number),
             height=config.resolution,
             width=config.resolution,
