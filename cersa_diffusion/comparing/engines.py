@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -92,7 +93,11 @@ def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
             return subprocess.call(command, stdout=file, stderr=file)
 
     threads = os.environ.get("OMP_NUM_THREADS", "1")
+    on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(ignore_reinit_error=True, log_to_driver=False)
+    if threading.current_thread() is threading.main_thread():
+        # ray has put a handler there that ends the program with a stack trace.
+        signal.signal(signal.SIGTERM, on_termination)
     try:
         # As many threads each as the engine without ray would have: the last digits depend on it.
         remote = ray.remote(

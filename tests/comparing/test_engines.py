@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def test_ray_runs_tasks_and_hands_their_failures_on(tmp_path):
     assert tasks[0].log.read_text().split()[-1] == os.environ.get("OMP_NUM_THREADS", "1")
     with pytest.raises(CersaError, match="bad: no room"):
         list(run_with_ray([task("bad", "import sys; sys.exit('error: no room')", tmp_path)]))
+
+
+@pytest.mark.slow
+def test_ray_is_stopped_by_the_programs_own_handler(tmp_path):
+    pytest.importorskip("ray")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop = threading.Timer(15, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_with_ray([task("long", "import time; time.sleep(120)", tmp_path)]))
+    finally:
+        stop.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_task_alone_can_be_run(tmp_path):
