@@ -127,11 +127,15 @@ def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
     for name in names:
         settings, first = ROWS[name]
         rates = LADDER[first + task.rung : first + task.rung + 3]
-        folder = output / name.replace(" ", "-").replace(",", "").replace("=", "")
+        folder = output / name.replace(" ", "-").replace("=", "")
         tried = {rate: train(task, settings, "validation", rate, 0, folder / f"validation-{rate:g}") for rate in rates}
         scores = {rate: report.score for rate, report in tried.items() if report}
+        if not scores:
+            raise CersaError(f"{name}: the loss became NaN with every rate of {rates}: begin lower on the ladder")
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         reports = [train(task, settings, "test", best, seed, folder / f"test-{best:g}-{seed}") for seed in range(seeds)]
+        if None in reports:
+            raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave that rate out")
         tested = [100 * report.score for report in reports]
         memory = reports[0].weight_bytes + reports[0].gradient_bytes + reports[0].optimizer_bytes
         rows.append(
