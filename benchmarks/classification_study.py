@@ -135,7 +135,7 @@ def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         reports = [train(task, settings, "test", best, seed, folder / f"test-{best:g}-{seed}") for seed in range(seeds)]
         if None in reports:
-            raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave that rate out")
+            raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave it out")
         tested = [100 * report.score for report in reports]
         memory = reports[0].weight_bytes + reports[0].gradient_bytes + reports[0].optimizer_bytes
         rows.append(
