@@ -107,7 +107,7 @@ class Checkpoint:
             weight: its (m, n) weight in memory, compared bit for bit.
             finer_only: only where the file is more exact than memory.
         """
-        places = [(key, *place) for key in self._keys(f"{layer_name}.weight") for place in self._places[key]]
+        places = [(key, *place) for key in self._keys(f"{layer_name}.weight", weight) for place in self._places[key]]
         if finer_only:
             places = [place for place in places if place[1] < torch.finfo(weight.dtype).eps]
         for key, rounding, path in places:
@@ -118,11 +118,20 @@ class Checkpoint:
                 return StoredWeight(path, key, rounding, weight.dtype, weight.requires_grad, state)
         return None
 
-    def _keys(self, key: str) -> list[str]:
+    def _keys(self, key: str, weight: Tensor) -> list[str]:
         if key in self._places:
             return [key]
         # Checkpoints of a model with a head, or of another transformers release, carry a prefix more or less.
-        return [other for other in self._places if other.endswith(f".{key}") or key.endswith(f".{other}")]
+        named = [other for other in self._places if other.endswith(f".{key}") or key.endswith(f".{other}")]
+        # Modules that transformers renames while loading (a ViT's, for one) are known by their numbers alone.
+        return named or [other for other in self._places if self._begins_like(other, weight)]
+
+    def _begins_like(self, key: str, weight: Tensor) -> bool:
+        """Whether a stored tensor has a weight's shape and first row."""
+        stored = self._files[self._places[key][0][1]][1].get_slice(key)
+        if tuple(stored.get_shape()) != tuple(weight.shape):
+            return False
+        return torch.equal(stored[:1].to(weight.device).to(weight.dtype), weight.detach()[:1])
 
 
 def finest_weight(weight: Tensor, stored: StoredWeight | None) -> Tensor:

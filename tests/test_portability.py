@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import scipy.linalg
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, ViTConfig, ViTForImageClassification
 
 import cersa_diffusion as cersa
 from cersa_diffusion import BaseMismatchError, CersaConfig, CersaLinear, ConfigError
@@ -205,6 +206,22 @@ def test_training_in_bfloat16_has_the_bases_of_the_checkpoint(case):
         for layer_name, layer in model.named_modules():
             if isinstance(layer, CersaLinear):
                 assert torch.equal(rounded[name].get_submodule(layer_name).U, layer.U.bfloat16())
+
+
+def test_weights_that_the_checkpoint_has_under_other_names(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    exact = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    rounded = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert not {key for key in exact.state_dict() if "attention" in key and key.endswith(".weight")} & set(file.keys())
+    layers = cersa.inject_cersa(exact, CersaConfig(alpha=ALPHA), show_progress=False).layers
+    cersa.inject_cersa(rounded, CersaConfig(alpha=ALPHA), show_progress=False)
+    for layer in layers:
+        assert torch.equal(rounded.get_submodule(layer.name).U, exact.get_submodule(layer.name).U.bfloat16())
 
 
 def test_a_fine_tuned_sibling_is_told_apart_in_every_dtype(case):

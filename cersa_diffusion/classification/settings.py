@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 
 from cersa_diffusion.classification.tasks import GLUE_TASKS
 from cersa_diffusion.errors import ConfigError
@@ -142,7 +143,11 @@ class TextData(SplitSettings):
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments with the paper's settings as defaults: batch 32, AdamW, linear with a warm-up of .08."""
+    """transformers' TrainingArguments with the paper's settings as defaults: batch 32, AdamW, linear with a warm-up of .08.
+
+    Raises:
+        ConfigError: what transformers refuses.
+    """
 
     output_dir: str = _option("cersa-classifier", "Folder for the result and the checkpoints.")
     per_device_train_batch_size: int = _option(32, "Examples per step and process.")
@@ -156,3 +161,13 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Leave as it is.")
     # Frozen bases are buffers: they are the same in all processes and need not be sent at every step.
     ddp_broadcast_buffers: bool | None = _option(False, "Send buffers from the first process at every step.")
+    # Without it transformers refuses bfloat16 where there is nothing but a CPU.
+    use_cpu: bool = _option(
+        not torch.accelerator.is_available() and not is_torch_xla_available(), "Train on the CPU. Default: where there is no GPU."
+    )
+
+    def __post_init__(self):
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from error

@@ -36,7 +36,6 @@ def options(model, files, output, **changes) -> list[str]:
         "output_dir": output,
         "max_steps": 40,
         "per_device_train_batch_size": 16,
-        "use_cpu": True,
     } | changes
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 

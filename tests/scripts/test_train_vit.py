@@ -37,13 +37,12 @@ def options(pictures, output, **changes) -> list[str]:
         "max_steps": 6,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 8,
-        "use_cpu": True,
     } | changes
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 
 def test_trains_and_leaves_figures_a_row_and_a_result(pictures, tmp_path):
-    finished = run_script(SCRIPT, *options(pictures, tmp_path / "run", preset="vit-base/oxford-pets", max_steps=12))
+    finished = run_script(SCRIPT, *options(pictures, tmp_path / "run", preset="vit-base/oxford-pets", max_steps=12, bf16=True))
     assert finished.returncode == 0, finished.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["score"] > 0.9 and metrics["preset"] == "vit-base/oxford-pets (Table 12)"
@@ -63,6 +62,7 @@ def test_two_processes_share_the_work(pictures, tmp_path):
     for processes in (1, 2):
         output = tmp_path / str(processes)
         changes = {"per_device_train_batch_size": 16 // processes, "logging_steps": 1, "attention_dropout": 0.0, "max_steps": 3}
+        changes["use_cpu"] = True  # two processes need two GPUs
         # What `accelerate launch` itself starts for several GPUs; on CPUs it asks for an MPI.
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *launcher, SCRIPT, *options(pictures, output, **changes)]
@@ -83,6 +83,7 @@ def test_two_processes_share_the_work(pictures, tmp_path):
         ({"train_dir": "/no/such/folder"}, "train_dir: /no/such/folder is not a folder"),
         ({"preset": "vit-huge/dtd"}, "preset is 'vit-huge/dtd', expected one of vit-large/cifar-100"),
         ({"alpha": 2}, "alpha is 2.0, expected a share in (0, 1]"),
+        ({"bf16": True, "fp16": True}, "error: At most one of fp16 and bf16 can be True"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_nothing_is_written(changes, message, pictures, tmp_path):
