@@ -27,17 +27,17 @@ from cersa_diffusion.errors import CersaError, NonFiniteError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# Name -> settings, and where on the ladder the three learning rates to try begin.
+LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+# Name -> settings, and where on the ladder the first three learning rates to try begin.
 ROWS = {
-    "full": ({"method": "full"}, 0),
-    "LoRA r=32": ({"method": "lora"}, 1),
-    "PiSSA r=32": ({"method": "pissa"}, 0),
-    "DoRA r=32": ({"method": "dora"}, 1),
-    "SVFit": ({"method": "svfit"}, 3),
-    "SVFT": ({"method": "svft"}, 2),
-    "CERSA .95": ({"method": "cersa", "alpha": 0.95}, 1),
-    "CERSA .9": ({"method": "cersa", "alpha": 0.9}, 1),
+    "full": ({"method": "full"}, 1),
+    "LoRA r=32": ({"method": "lora"}, 2),
+    "PiSSA r=32": ({"method": "pissa"}, 1),
+    "DoRA r=32": ({"method": "dora"}, 2),
+    "SVFit": ({"method": "svfit"}, 4),
+    "SVFT": ({"method": "svft"}, 3),
+    "CERSA .95": ({"method": "cersa", "alpha": 0.95}, 2),
+    "CERSA .9": ({"method": "cersa", "alpha": 0.9}, 2),
 }
 # The classifier begins with random numbers.
 CLASSIFIER_RATE = 3e-3
@@ -74,7 +74,7 @@ def digits(folder: Path) -> Task:
     data = {
         part: ImageData(train_dir=str(folder / "train"), validation_dir=str(folder / part)) for part in ("validation", "test")
     }
-    return Task(str(REPOSITORY / "assets" / "emoji-vit"), data, epochs=5, rung=1)
+    return Task(str(REPOSITORY / "assets" / "emoji-vit"), data, epochs=8, rung=1)
 
 
 def reviews(folder: Path, archive: Path) -> Task:
@@ -121,18 +121,38 @@ def train(task: Task, settings: dict, part: str, rate: float, seed: int, folder:
         return None
 
 
+def validation_scores(task: Task, settings: dict, first: int, folder: Path) -> dict[float, float]:
+    """Score by rate: three neighbours on the ladder, and further ones until the best lies between two others."""
+    scores, low, high = {}, first, first + 2
+    while True:
+        for rate in LADDER[low : high + 1]:
+            if rate not in scores:
+                report = train(task, settings, "validation", rate, 0, folder / f"validation-{rate:g}")
+                scores[rate] = report.score if report else float("-inf")
+        best = LADDER.index(best_rate(scores))
+        if best == low and low > 0:
+            low -= 1
+        elif best == high and high + 1 < len(LADDER):
+            high += 1
+        else:
+            return dict(sorted(scores.items()))
+
+
+def best_rate(scores: dict[float, float]) -> float:
+    """The rate with the best score, the lowest of equals."""
+    return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
 def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
     """Chooses every row's rate on the validation examples and tests it with several seeds."""
     rows = []
     for name in names:
         settings, first = ROWS[name]
-        rates = LADDER[first + task.rung : first + task.rung + 3]
         folder = output / name.replace(" ", "-").replace("=", "")
-        tried = {rate: train(task, settings, "validation", rate, 0, folder / f"validation-{rate:g}") for rate in rates}
-        scores = {rate: report.score for rate, report in tried.items() if report}
-        if not scores:
-            raise CersaError(f"{name}: the loss became NaN with every rate of {rates}: begin lower on the ladder")
-        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        scores = validation_scores(task, settings, first + task.rung, folder)
+        best = best_rate(scores)
+        if scores[best] == float("-inf"):
+            raise CersaError(f"{name}: the loss became NaN with every rate of {list(scores)}: extend the ladder downwards")
         reports = [train(task, settings, "test", best, seed, folder / f"test-{best:g}-{seed}") for seed in range(seeds)]
         if None in reports:
             raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave it out")
@@ -142,8 +162,8 @@ def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
             {
                 "method": name,
                 "accuracy": f"{statistics.fmean(tested):.1f} ± {statistics.stdev(tested) if seeds > 1 else 0:.1f}",
-                "rate": f"{best:g}{' (edge)' if best in (min(rates), max(rates)) else ''}",
-                "validation by rate": " / ".join(f"{100 * scores[rate]:.1f}" if rate in scores else "NaN" for rate in rates),
+                "rate": f"{best:g}",
+                "validation by rate": ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in scores.items()),
                 "trained, without classifier (M)": f"{(reports[0].trainable_parameters - reports[0].head_parameters) / 1e6:.3f}",
                 "memory (MiB)": f"{memory / MIB:.1f}",
                 "file (MiB)": f"{reports[0].file_bytes / MIB:.2f}",
