@@ -163,7 +163,9 @@ def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
                 "method": name,
                 "accuracy": f"{statistics.fmean(tested):.1f} ± {statistics.stdev(tested) if seeds > 1 else 0:.1f}",
                 "rate": f"{best:g}",
-                "validation by rate": ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in scores.items()),
+                "validation by rate": ", ".join(
+                    f"{rate:g}: {100 * score:.1f}" if score >= 0 else f"{rate:g}: NaN" for rate, score in scores.items()
+                ),
                 "trained, without classifier (M)": f"{(reports[0].trainable_parameters - reports[0].head_parameters) / 1e6:.3f}",
                 "memory (MiB)": f"{memory / MIB:.1f}",
                 "file (MiB)": f"{reports[0].file_bytes / MIB:.2f}",

@@ -1,7 +1,7 @@
 """A memory budget: the ranks, layer by layer, that keep the most energy of a model in a given number of bytes."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +14,7 @@ from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.decomposition import LayerJob, decompose_layers
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
-from cersa_diffusion.memory import DenseLayer, cersa_memory, is_profitable
+from cersa_diffusion.memory import FLOAT32, OPTIMIZERS, DenseLayer, cersa_memory, is_profitable
 
 if TYPE_CHECKING:  # tokens imports the injection, which imports this
     from cersa_diffusion.tokens import LayerInput
@@ -112,14 +112,21 @@ def _dense_layer(
 
 
 def untouched_bytes(
-    components: Mapping[str, nn.Module], targets: Sequence[nn.Linear], weight_dtype: torch.dtype | None
+    components: Mapping[str, nn.Module],
+    targets: Sequence[nn.Linear],
+    weight_dtype: torch.dtype | None,
+    *,
+    trained: Collection[str] = (),
+    optimizer: str = "adamw",
 ) -> dict[str, int]:
-    """Bytes of everything in a model but the target layers, frozen: "component.tensor name" -> bytes.
+    """Bytes of everything in a model but the target layers: "component.tensor name" -> bytes.
 
     Args:
         components: the models by name; a tensor that several share counts once.
         targets: the target layers.
         weight_dtype: compute dtype of training; None: the dtype that each tensor has.
+        trained: names of tensors that are trained as they are, in float32: gradient and optimizer state count. Others are frozen.
+        optimizer: whose state, a key of `OPTIMIZERS`.
     """
     seen = {id(tensor) for layer in targets for tensor in layer.parameters()}
     sizes = {}
@@ -127,7 +134,10 @@ def untouched_bytes(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if id(tensor) not in seen:
                 dtype = weight_dtype if weight_dtype and tensor.is_floating_point() else tensor.dtype
-                sizes[f"{component}.{name}"] = tensor.numel() * dtype.itemsize
+                size = tensor.numel() * dtype.itemsize
+                if f"{component}.{name}" in trained:
+                    size = 2 * tensor.numel() * FLOAT32 + OPTIMIZERS[optimizer](*tensor.shape)
+                sizes[f"{component}.{name}"] = size
                 seen.add(id(tensor))
     return sizes
 
@@ -139,6 +149,7 @@ def select_ranks(
     optimizer: str = "adamw",
     weight_dtype: torch.dtype | None = None,
     tokens: Mapping[str, "LayerInput"] | None = None,
+    also_trained: Collection[str] = (),
     show_progress: bool = True,
 ) -> list[tuple[TargetLayer, LayerRanks | None]]:
     """The ranks of all target layers, by the rule of their settings or by the memory budget that they share.
@@ -146,7 +157,7 @@ def select_ranks(
     Args:
         components: the models by name.
         targets: "component.layer name" -> layer and settings.
-        optimizer, weight_dtype, tokens, show_progress: as `choose_ranks`.
+        optimizer, weight_dtype, tokens, also_trained, show_progress: as `choose_ranks`.
 
     Returns:
         Every target layer with its ranks; None where it stays dense and frozen.
@@ -158,7 +169,8 @@ def select_ranks(
     layers = survey(components, targets, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress)
     if budget is None:
         return [(layer, _by_rule(layer)) for layer in layers]
-    untouched = untouched_bytes(components, [linear for linear, _ in targets.values()], weight_dtype)
+    linears = [linear for linear, _ in targets.values()]
+    untouched = untouched_bytes(components, linears, weight_dtype, trained=also_trained, optimizer=optimizer)
     ranks = allocate(layers, untouched, budget, optimizer=optimizer)
     return [(layer, ranks[layer.name]) for layer in layers]
 

@@ -41,11 +41,11 @@ def _patterns(arguments: argparse.Namespace) -> str | list[str]:
 
 def _ranks(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "ranks")
-    from cersa_diffusion.analysis.models import open_model
+    from cersa_diffusion.analysis.models import open_dense
     from cersa_diffusion.analysis.spectra import check_alphas, draw_ranks, layer_spectra, rank_rows
 
     check_alphas(arguments.alphas)
-    spectra = layer_spectra(open_model(arguments.model).components, arguments.target_modules)
+    spectra = layer_spectra(open_dense(arguments.model), arguments.target_modules)
     rows = rank_rows(spectra, arguments.alphas)
     kinds = {(row["kind"], row["alpha"]): [] for row in rows}
     for row in rows:
@@ -61,13 +61,13 @@ def _ranks(arguments: argparse.Namespace) -> None:
 
 def _compression(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "compression")
-    from cersa_diffusion.analysis.models import open_model
+    from cersa_diffusion.analysis.models import open_dense
     from cersa_diffusion.analysis.spectra import check_alphas, compression_rows, draw_compression, layer_spectra
 
     check_alphas(arguments.alphas or [1.0])
     rows = []
     for model in arguments.models:
-        components = open_model(model).components
+        components = open_dense(model)
         for targets in arguments.target_modules or [None]:
             spectra = layer_spectra(components, targets and targets.split(","), default="QKV")
             name = f"{model.rstrip('/').rsplit('/', 1)[-1]} {targets or ''}".strip()
@@ -80,7 +80,7 @@ def _compression(arguments: argparse.Namespace) -> None:
 def _memory(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "memory")
     from cersa_diffusion.analysis.memory_table import TableSettings, draw_memory, in_columns_of_the_paper, memory_rows
-    from cersa_diffusion.analysis.models import open_model
+    from cersa_diffusion.analysis.models import open_dense
     from cersa_diffusion.analysis.targets import targets_by_component
 
     settings = TableSettings(
@@ -91,7 +91,7 @@ def _memory(arguments: argparse.Namespace) -> None:
         optimizer=arguments.optimizer,
         weight_dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )
-    components = open_model(arguments.model).components
+    components = open_dense(arguments.model)
     rows = memory_rows(components, targets_by_component(components, arguments.target_modules, "QKV"), settings)
     shown = in_columns_of_the_paper(rows)
     formats = {column: "" if number == 0 else ".3f" for number, column in enumerate(shown[0])}
@@ -101,12 +101,12 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 def _throughput(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "throughput")
-    from cersa_diffusion.analysis.models import open_model
+    from cersa_diffusion.analysis.models import open_dense
     from cersa_diffusion.analysis.targets import targets_by_component
     from cersa_diffusion.analysis.throughput import default_methods, draw_throughput, random_inputs, throughput_rows
 
     methods = default_methods(arguments.alphas, arguments.ranks)
-    components = open_model(arguments.model).components
+    components = open_dense(arguments.model)
     component = "unet" if "unet" in components else "model"
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = components[component].to(device)
@@ -140,8 +140,8 @@ def _ablations(arguments: argparse.Namespace) -> None:
         "sentences": (TextData, ("deberta-v3-base",)),
     }[arguments.kind]
     given = [*arguments.training, "--output_dir", arguments.output]
-    settings, data, training, _ = parse_command(data_class, models, "the training of every variant", given)
-    rows = run_ablations(settings, data, training, tables=arguments.tables, seeds=arguments.seeds)
+    settings, data, training, preset = parse_command(data_class, models, "the training of every variant", given)
+    rows = run_ablations(settings, data, training, tables=arguments.tables, seeds=arguments.seeds, preset=preset)
     summary = [row | {"memory (MiB)": row["memory"] / MIB} for row in summary_rows(rows)]
     formats = {"table": "d", "variant": "", "metric": "", "seeds": "d", "mean": ".4f", "deviation": ".4f", "trained": "d"}
     paths = output.csv(rows, "-runs.csv"), output.csv(summary_rows(rows)), output.picture(draw_ablations(rows))

@@ -141,10 +141,11 @@ class Adaptation(ABC):
     def cast_frozen(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Moves the frozen weights to the compute dtype, the trained ones stay float32."""
         if self.frozen_in_compute_dtype:
+            # Set aside: rounded and turned back they would not be what the method began with.
+            trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
             model.to(dtype=dtype)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.float()
+            for parameter, data in trained.items():
+                parameter.data = data.float()
 
 
 class CersaAdaptation(Adaptation):

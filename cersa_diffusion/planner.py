@@ -1,7 +1,7 @@
 """The memory plan: what CERSA, LoRA and full fine-tuning of the same layers cost, told before any memory is spent."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -194,6 +194,7 @@ def choose_ranks(
     optimizer: str = "adamw",
     weight_dtype: torch.dtype | None = None,
     tokens: Mapping[str, LayerInput] | None = None,
+    also_trained: Collection[str] = (),
     show_progress: bool = True,
 ) -> dict[str, dict[str, LayerRanks | None]]:
     """The ranks that the settings come to, layer by layer; the components of a pipeline share one memory budget.
@@ -206,6 +207,7 @@ def choose_ranks(
         optimizer: whose state counts in the budget, a key of `OPTIMIZERS`.
         weight_dtype: compute dtype of training; None: the dtype that each layer has.
         tokens: "component.layer name" -> what the layer is given per step; None: activations are left out of the budget.
+        also_trained: "component.tensor name" of what is trained beside the target layers, in float32.
         show_progress: show a bar while layers are decomposed.
 
     Returns:
@@ -218,7 +220,13 @@ def choose_ranks(
     components, targets = _targets(model, config, optimizer)
     chosen: dict[str, dict[str, LayerRanks | None]] = {component: {} for component in components}
     for layer, ranks in select_ranks(
-        components, targets, optimizer=optimizer, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress
+        components,
+        targets,
+        optimizer=optimizer,
+        weight_dtype=weight_dtype,
+        tokens=tokens,
+        also_trained=also_trained,
+        show_progress=show_progress,
     ):
         component, _, name = layer.name.partition(".")
         chosen[component][name] = ranks

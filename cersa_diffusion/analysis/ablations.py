@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cersa_diffusion.analysis.models import open_model, read_json
+from cersa_diffusion.analysis.models import open_dense, read_json
 from cersa_diffusion.analysis.output import new_figure
 from cersa_diffusion.analysis.targets import targets_by_component
 from cersa_diffusion.classification import ClassifierSettings, ImageData, RunArguments, TextData, TrainReport, train_classifier
@@ -96,7 +96,7 @@ def variants(settings: ClassifierSettings, tables: Sequence[int] = TABLES) -> li
 
 
 def _uniform_rank(settings: ClassifierSettings) -> int:
-    components = open_model(settings.model_name_or_path).components
+    components = open_dense(settings.model_name_or_path, settings.revision)
     targets = targets_by_component(components, settings.target_modules, "QKV")["model"]
     return uniform_rank(plan_memory(components, CersaConfig(alpha=0.9, target_modules=targets)))
 
@@ -133,6 +133,7 @@ def run_ablations(
     *,
     tables: Sequence[int] = TABLES,
     seeds: Sequence[int] = (0,),
+    preset: str | None = None,
 ) -> list[dict]:
     """Trains every variant with every seed, each distinct setting once.
 
@@ -145,6 +146,7 @@ def run_ablations(
         arguments: of the Trainer; `output_dir` is the folder of the sweep.
         tables: numbers of the paper's tables, 2 to 6.
         seeds: of the runs.
+        preset: name of the hyper-parameters, for the reports.
 
     Returns:
         A row for every variant and seed.
@@ -162,7 +164,7 @@ def run_ablations(
     rows = []
     for variant, own in by_variant:
         for seed in dict.fromkeys(seeds):
-            report = _train(own, data, arguments, folder / "runs" / _name(base, own) / f"seed-{seed}", seed)
+            report = _train(own, data, arguments, folder / "runs" / _name(base, own) / f"seed-{seed}", seed, preset)
             memory = report.weight_bytes + report.gradient_bytes + report.optimizer_bytes
             place = {"table": variant.table, "variant": variant.title, "data": report.data, "metric": report.metric, "seed": seed}
             cost = {"trained": report.trainable_parameters, "memory": memory, "seconds": report.seconds}
@@ -179,7 +181,12 @@ def _name(base: ClassifierSettings, own: ClassifierSettings) -> str:
 
 
 def _train(
-    settings: ClassifierSettings, data: ImageData | TextData, arguments: RunArguments, folder: Path, seed: int
+    settings: ClassifierSettings,
+    data: ImageData | TextData,
+    arguments: RunArguments,
+    folder: Path,
+    seed: int,
+    preset: str | None,
 ) -> TrainReport:
     if (folder / METRICS_FILE).is_file():
         return TrainReport(**read_json(folder / METRICS_FILE))
@@ -187,7 +194,7 @@ def _train(
     own.output_dir, own.seed = str(folder), seed
     # In a fresh folder this starts from the beginning.
     own.resume_from_checkpoint = "latest"
-    return train_classifier(settings, data, own)
+    return train_classifier(settings, data, own, preset)
 
 
 def _note_settings(folder: Path, settings: ClassifierSettings, data: ImageData | TextData, arguments: RunArguments) -> None:

@@ -17,7 +17,7 @@ from cersa_diffusion.adapter import load_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME, HEADER_ENTRY
 from cersa_diffusion.compressed import DESCRIPTION_NAME, PIPELINE_INDEX, load_compressed, local_folder, model_class
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
-from cersa_diffusion.inject import name_matches
+from cersa_diffusion.inject import merge, name_matches
 from cersa_diffusion.linear import CersaLinear
 
 RESULT_DESCRIPTION = "cersa_classifier.json"
@@ -69,6 +69,26 @@ def open_model(source: Source) -> Opened:
         names = ("unet", *family_of(type(pipeline).__name__).text_encoders)
         return Opened({name: getattr(pipeline, name).eval() for name in names}, pipeline)
     return _load(folder)
+
+
+def open_dense(source: Source, revision: str | None = None) -> dict[str, nn.Module]:
+    """As `open_model`, with cores merged into plain linear layers: what an analysis of a model's own layers looks at.
+
+    Args:
+        source: what `open_model` opens.
+        revision: of a model on the hub.
+
+    Returns:
+        The models by name; a lone one is "model".
+
+    Raises:
+        ConfigError: as `open_model`.
+    """
+    components = open_model(source if isinstance(source, nn.Module) else local_folder(source, revision)).components
+    for model in components.values():
+        if any(isinstance(module, CersaLinear) for module in model.modules()):
+            merge(model)
+    return components
 
 
 def _load(folder: Path) -> Opened:

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCES = ("full", "lora")
-Inputs = Mapping[str, Tensor]
+Inputs = Mapping[str, Tensor | dict[str, Tensor]]
 
 
 def default_methods(alphas: Sequence[float], lora_ranks: Sequence[int]) -> dict[str, MethodSettings]:
-    """Full fine-tuning of the target layers, LoRA at some ranks, CERSA at some alphas: what Fig. 9 compares."""
+    """Full fine-tuning, LoRA at some ranks, CERSA at some alphas: what Fig. 9 compares."""
     methods = {"full": MethodSettings(method="full")}
     methods |= {f"LoRA r={rank}": MethodSettings(method="lora", rank=rank) for rank in lora_ranks}
     return methods | {f"CERSA alpha={alpha:g}": MethodSettings(alpha=alpha) for alpha in alphas}
 
 
-def random_inputs(model: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+def random_inputs(model: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor | dict[str, Tensor]]:
     """Random inputs of one training step, on the model's device.
 
     Args:
@@ -47,7 +47,17 @@ def random_inputs(model: nn.Module, batch: int, tokens: int | None = None) -> di
     if hasattr(config, "sample_size") and hasattr(config, "cross_attention_dim"):
         states = torch.randn(batch, tokens or 77, config.cross_attention_dim, **place)
         sample = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **place)
-        return {"sample": sample, "timestep": torch.full((batch,), 500, device=place["device"]), "encoder_hidden_states": states}
+        inputs = {
+            "sample": sample,
+            "timestep": torch.full((batch,), 500, device=place["device"]),
+            "encoder_hidden_states": states,
+        }
+        if config.addition_embed_type == "text_time":
+            # SDXL's: the sizes and the crop as six numbers, and the pooled prompt in what is left of the input.
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            sizes = torch.full((batch, 6), float(config.sample_size), **place)
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, pooled, **place), "time_ids": sizes}
+        return inputs
     if hasattr(config, "image_size") and hasattr(config, "num_channels"):
         side = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         return {"pixel_values": torch.randn(batch, config.num_channels, *side, **place)}
@@ -75,7 +85,7 @@ def throughput_rows(
 
     Args:
         model: a dense transformers or diffusers model where it is to be timed; left as it is. Every method holds a copy.
-        target_modules: the layers that are trained, as `match_targets` takes them.
+        target_modules: the layers that are trained, as `match_targets` takes them; full fine-tuning trains every parameter.
         methods: title -> settings.
         inputs: keyword arguments of the model, examples first.
         steps: timed together in a round.
@@ -96,7 +106,10 @@ def throughput_rows(
     timers = {}
     for title, settings in methods.items():
         own = copy.deepcopy(model).train()
-        report(f"{title}: {settings.adaptation(target_modules).prepare(own)}")
+        adaptation = settings.adaptation(None if settings.method == "full" else target_modules)
+        report(f"{title}: {adaptation.prepare(own)}")
+        if autocast is not None:
+            adaptation.cast_frozen(own, autocast)  # as the trainers do
         timers[title] = Timer("step()", globals={"step": _step(own, inputs, autocast)}, num_threads=torch.get_num_threads())
     seconds: dict[str, list[float]] = {title: [] for title in methods}
     for turn in range(rounds + 1):

@@ -8,7 +8,7 @@ from transformers import HfArgumentParser
 from cersa_diffusion.classification.presets import preset, preset_names
 from cersa_diffusion.classification.run import train_classifier
 from cersa_diffusion.classification.settings import ClassifierSettings, ImageData, RunArguments, TextData
-from cersa_diffusion.errors import CersaError
+from cersa_diffusion.errors import CersaError, ConfigError
 
 
 def run_command(data_class: type[ImageData] | type[TextData], models: tuple[str, ...], description: str) -> None:
@@ -55,5 +55,7 @@ def parse_command(
         values, table = preset(name, models)
         label = f"{name} ({table})"
         parser.set_defaults(**values)
-    settings, data, arguments, _ = parser.parse_args_into_dataclasses(options)
+    settings, data, arguments, _, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    if unknown:
+        raise ConfigError(f"unknown options: {' '.join(unknown)}: --help lists all of them")
     return settings, data, arguments, label

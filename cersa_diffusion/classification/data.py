@@ -1,5 +1,6 @@
 """Examples and their labels: from the sources to checked splits whose labels are numbers from 0."""
 
+import csv
 import math
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,15 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from cersa_diffusion.classification.settings import SplitSettings
 from cersa_diffusion.errors import ConfigError
 
-_READERS = {".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".json": ("json", {}), ".jsonl": ("json", {})}
+# "None", "NA" and "null" are classes and sentences like others.
+_AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
+_READERS = {
+    ".csv": ("csv", _AS_WRITTEN),
+    # As GLUE's are: quotation marks stand for themselves, and a sentence may begin with one that none closes.
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_WRITTEN}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
 LABELS = "labels"
 
 
@@ -145,9 +154,11 @@ def _values(rows: Dataset, column: str, split: str) -> list:
     """The labels as they are meant: names where the data set says what its numbers stand for."""
     values, feature = rows.with_format(None)[column][:], rows.features[column]
     if isinstance(feature, ClassLabel):
-        # -1 is what data sets give instead of secret labels.
         values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-    missing = [number for number, value in enumerate(values) if value is None or value != value or value == -1]
+    # -1 is what data sets give instead of secret labels; where there are others it is one of them.
+    if all(value == -1 for value in values):
+        values = [None] * len(values)
+    missing = [number for number, value in enumerate(values) if value is None or value != value]
     if missing:
         raise ConfigError(
             f"{split}: {len(missing)} of {len(values)} examples have no label, e.g. number {missing[0]}: leave them out "

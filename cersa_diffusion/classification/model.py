@@ -20,7 +20,8 @@ from transformers.utils import logging
 from cersa_diffusion.classification.settings import ClassifierSettings
 from cersa_diffusion.classification.targets import check_outside_head, target_pattern
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.methods import Adaptation
+from cersa_diffusion.methods import Adaptation, CersaAdaptation
+from cersa_diffusion.planner import choose_ranks
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,6 @@ class Classifier:
         state = {name: tensor for module in self.head for name, tensor in _tensors(self.model, module).items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-    def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Moves the frozen weights to the compute dtype, the trained ones stay float32."""
-        self.adaptation.cast_frozen(self.model, dtype)
-
 
 def _tensors(model: nn.Module, module: str) -> dict[str, Tensor]:
     return {f"{module}.{name}": tensor for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items()}
@@ -102,14 +99,14 @@ def load_config(settings: ClassifierSettings, label_names: list[str] | None) -> 
         config = AutoConfig.from_pretrained(path, revision=settings.revision, **labels)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path}: its configuration cannot be loaded ({_reason(error)})") from error
-    names = {"attention_dropout": ("attention_probs_dropout_prob",), "classifier_dropout": ("cls_dropout", "classifier_dropout")}
-    for option, candidates in names.items():
+    # DeBERTa reads a name that its configuration only has where it was set.
+    of_classifier = "cls_dropout" if config.model_type in ("deberta", "deberta-v2") else "classifier_dropout"
+    for option, name in {"attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": of_classifier}.items():
         value = getattr(settings, option)
-        own = next((name for name in candidates if hasattr(config, name)), None)
-        if value is not None and own is None:
+        if value is not None and not hasattr(config, name) and name != "cls_dropout":
             raise ConfigError(f"{option}: a {config.model_type!r} model has none: leave it out")
         if value is not None:
-            setattr(config, own, value)
+            setattr(config, name, value)
     return config
 
 
@@ -159,7 +156,14 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def load_for_training(kind: str, settings: ClassifierSettings, processor, config: PreTrainedConfig, seed: int) -> Classifier:
+def load_for_training(
+    kind: str,
+    settings: ClassifierSettings,
+    processor,
+    config: PreTrainedConfig,
+    seed: int,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Classifier:
     """Loads the model and applies the method; what is drawn at random depends on the seed alone.
 
     Args:
@@ -168,6 +172,7 @@ def load_for_training(kind: str, settings: ClassifierSettings, processor, config
         processor: what `load_processor` returned.
         config: what `load_config` returned.
         seed: of the new classifier, and of what the method draws.
+        compute_dtype: what frozen weights are moved to.
 
     Raises:
         ConfigError: the model cannot be loaded, or the method not be applied to the target layers.
@@ -182,9 +187,16 @@ def load_for_training(kind: str, settings: ClassifierSettings, processor, config
     # Again: how much the head drew differs by architecture, and no method's start should depend on it.
     set_seed(seed)
     adaptation = settings.adaptation(targets)
+    if settings.memory_budget is not None:
+        also_trained = {f"model.{name}" for module in head for name in _tensors(model, module)}
+        config = settings.cersa_config(targets)
+        ranks = choose_ranks(model, config, weight_dtype=compute_dtype, also_trained=also_trained)["model"]
+        adaptation = CersaAdaptation(config, ranks)
     description = adaptation.prepare(model)
     for module in head:
         for tensor in _tensors(model, module).values():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
+    if compute_dtype != torch.float32:
+        adaptation.cast_frozen(model, compute_dtype)
     return Classifier(kind, model, processor, head, settings, adaptation, description)

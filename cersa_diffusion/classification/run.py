@@ -1,7 +1,7 @@
 """A classification run from its settings to the saved result and its figures."""
 
 import json
-import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, EvalPrediction
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cersa_diffusion.classification.data import Splits
 from cersa_diffusion.classification.images import load_images, with_pixels
@@ -19,8 +19,8 @@ from cersa_diffusion.classification.model import load_config, load_for_training,
 from cersa_diffusion.classification.result import save_classifier
 from cersa_diffusion.classification.settings import ClassifierSettings, ImageData, RunArguments, TextData
 from cersa_diffusion.classification.texts import load_texts, metric_name, text_columns, token_limit, with_tokens
-from cersa_diffusion.classification.trainer import ClassifierTrainer
-from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complete
+from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 
 METRICS_FILE = "metrics.json"
 ROW_FILE = "table_row.md"
@@ -42,7 +42,7 @@ class TrainReport:
         examples: how many examples each split has.
         loss: mean training loss.
         steps: optimizer steps.
-        seconds: time the training took.
+        seconds: time the training took; of an interrupted run without what came after the checkpoint it was resumed from.
         trainable_parameters: numbers that are trained, the classifier's included.
         head_parameters: of these the classifier's.
         weight_bytes, gradient_bytes, optimizer_bytes: tensors while training, without activations.
@@ -109,7 +109,7 @@ def train_classifier(
     Raises:
         ConfigError: a path, a setting, examples or labels that cannot be used; found before anything is trained or written.
         CersaError: a checkpoint that cannot be resumed.
-        NonFiniteError: the loss became NaN or infinite.
+        NonFiniteError: the loss or the predictions became NaN or infinite.
     """
     output_dir = Path(arguments.output_dir)
     checkpoint = _checkpoint(settings, data, arguments, output_dir)
@@ -118,12 +118,12 @@ def train_classifier(
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / SETTINGS_FILE).write_text(json.dumps(_deciding(settings, data, arguments), indent=2) + "\n")
         print(trainer.classifier.description, flush=True)
-    start = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    if not np.isfinite(outcome.training_loss):
-        raise NonFiniteError(f"the loss became {outcome.training_loss}: lower learning_rate ({arguments.learning_rate})")
+    steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
+    seconds = trainer.seconds
     predictions = {name: trainer.predict(rows, metric_key_prefix=name) for name, rows in splits.validation.items()}
+    for name, outputs in predictions.items():
+        if not np.isfinite(_logits(outputs)).all():
+            raise NonFiniteError(f"{name}: NaN or infinity in the predictions: lower learning_rate ({arguments.learning_rate})")
     if not trainer.is_world_process_zero():
         return None
     scores = {name: METRICS[metric](_logits(outputs), outputs.label_ids) for name, outputs in predictions.items()}
@@ -134,8 +134,8 @@ def train_classifier(
         "score": METRICS[metric](*together),
         "scores": scores,
         "examples": {"train": len(splits.train)} | {name: len(rows) for name, rows in splits.validation.items()},
-        "loss": outcome.training_loss,
-        "steps": outcome.global_step,
+        "loss": trainer.mean_loss,
+        "steps": steps,
         "seconds": seconds,
         "seed": arguments.seed,
         "preset": preset,
@@ -159,11 +159,13 @@ def _prepare(
         config = load_config(settings, splits.label_names)
         splits, collator = _inputs(splits, processor, data, config, arguments.seed)
     with arguments.main_process_first(desc="model"):
-        classifier = load_for_training(kind, settings, processor, config, arguments.seed)
-    if arguments.bf16 or arguments.fp16:
-        classifier.cast_frozen(torch.bfloat16 if arguments.bf16 else torch.float16)
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+        classifier = load_for_training(kind, settings, processor, config, arguments.seed, dtype)
     metric = metric_name(data) if kind == "text" else "accuracy"
     validation = splits.validation if len(splits.validation) > 1 else next(iter(splits.validation.values()))
+    if arguments.metric_for_best_model == "loss" and len(splits.validation) > 1:
+        # Every split has a loss of its own; the Trainer looks for one without a name.
+        arguments.metric_for_best_model = f"{next(iter(splits.validation))}_loss"
     trainer = ClassifierTrainer(
         classifier,
         args=arguments,
@@ -197,30 +199,49 @@ def _deciding(settings: ClassifierSettings, data: ImageData | TextData, argument
         "weight_decay",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "max_grad_norm",
         "bf16",
         "fp16",
+        "world_size",
     )
     own = {name: getattr(arguments, name) for name in shown}
     return json.loads(json.dumps({**asdict(settings), **asdict(data), **own}))
+
+
+def _last_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_complete(folder):
+            return str(folder)
+        warnings.warn(f"{folder} was not written to its end and is left alone", stacklevel=2)
+    return None
 
 
 def _checkpoint(
     settings: ClassifierSettings, data: ImageData | TextData, arguments: RunArguments, output_dir: Path
 ) -> str | None:
     """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if arguments.resume_from_checkpoint is None:
-        if last or (output_dir / METRICS_FILE).exists():
+        if any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or (output_dir / METRICS_FILE).exists():
             raise ConfigError(
                 f"output_dir: {output_dir} holds a run already: add --resume_from_checkpoint latest to go on with it, or choose "
                 "another folder"
             )
         return None
-    checkpoint = last if arguments.resume_from_checkpoint == "latest" else arguments.resume_from_checkpoint
+    latest = arguments.resume_from_checkpoint == "latest"
+    checkpoint = _last_checkpoint(output_dir) if latest else arguments.resume_from_checkpoint
     if checkpoint is None:
         return None
     if not Path(checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint: {checkpoint} is not a folder: name a checkpoint, or 'latest'")
+    if not is_complete(Path(checkpoint)):
+        raise CersaError(f"{checkpoint} is no checkpoint of a classification run, or was not written to its end: name another")
     if (output_dir / SETTINGS_FILE).is_file():
         started, now = json.loads((output_dir / SETTINGS_FILE).read_text()), _deciding(settings, data, arguments)
         changed = sorted(name for name in now if name in started and now[name] != started[name])

@@ -83,6 +83,8 @@ class SplitSettings:
         if len(given) != 1:
             found = " and ".join(given) if given else "none"
             raise ConfigError(f"data: expected one of {', '.join(sources)}, found {found}")
+        if self.validation_fraction is not None and self.validation_split is not None:
+            raise ConfigError("validation_fraction holds training examples back, validation_split names others: leave one out")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}, expected a share in (0, 1)")
 
@@ -161,6 +163,8 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Leave as it is.")
     # Frozen bases are buffers: they are the same in all processes and need not be sent at every step.
     ddp_broadcast_buffers: bool | None = _option(False, "Send buffers from the first process at every step.")
+    # Otherwise transformers leaves NaN out of the loss that it reports.
+    logging_nan_inf_filter: bool = _option(False, "Report the last finite loss instead of NaN.")
     # Without it transformers refuses bfloat16 where there is nothing but a CPU.
     use_cpu: bool = _option(
         not torch.accelerator.is_available() and not is_torch_xla_available(), "Train on the CPU. Default: where there is no GPU."

@@ -1,19 +1,46 @@
 """transformers' Trainer for a prepared classifier: two learning rates, and checkpoints of the trained weights only."""
 
 import json
+import math
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from cersa_diffusion.classification.model import Classifier
 from cersa_diffusion.classification.result import save_classifier
-from cersa_diffusion.errors import CersaError
+from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.training.checkpoints import WEIGHTS_FILE, basis_digest, trained_weights
 
-BASES_FILE = "bases.json"
+PROGRESS_FILE = "progress.json"
+
+
+class _Watch(TrainerCallback):
+    """Keeps the data set's epoch, the log complete at every checkpoint, and stops where the loss is lost."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        # accelerate's loader does so itself only in one process and in a run that was not resumed.
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **_):
+        # Losses since the last entry of the log are in no checkpoint.
+        control.should_log |= control.should_save or control.should_training_stop
+
+    def on_epoch_end(self, args, state, control, **_):
+        control.should_log |= control.should_save
+
+    def on_log(self, args, state, control, logs=None, **_):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss became {loss} by step {state.global_step}: lower learning_rate ({args.learning_rate})"
+            )
 
 
 class ClassifierTrainer(Trainer):
@@ -25,8 +52,27 @@ class ClassifierTrainer(Trainer):
     """
 
     def __init__(self, classifier: Classifier, **arguments):
-        super().__init__(model=classifier.model, processing_class=classifier.processor, **arguments)
+        super().__init__(model=classifier.model, processing_class=classifier.processor, callbacks=[_Watch()], **arguments)
         self.classifier = classifier
+        self._start, self._earlier_seconds = time.perf_counter(), 0.0
+
+    def train(self, *arguments, **options) -> TrainOutput:
+        """transformers' own, on the clock."""
+        self._start = time.perf_counter()
+        return super().train(*arguments, **options)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the training was started; that of an interrupted run up to the checkpoint it was resumed from."""
+        return self._earlier_seconds + time.perf_counter() - self._start
+
+    @property
+    def mean_loss(self) -> float:
+        """Over all steps, those before a resumption included."""
+        entries = [entry for entry in self.state.log_history if "loss" in entry]
+        steps = [entry["step"] for entry in entries]
+        weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+        return sum(w * entry["loss"] for w, entry in zip(weights, entries, strict=True)) / steps[-1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, with the classifier's own learning rate, and no weight decay on biases and norms."""
@@ -60,15 +106,21 @@ class ClassifierTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().cpu().contiguous() for name, p in trained_weights({"model": self.model}).items()}
         save_file(weights, folder / WEIGHTS_FILE)
-        (folder / BASES_FILE).write_text(json.dumps(basis_digest({"model": self.model})) + "\n")
+        progress = {"bases": basis_digest({"model": self.model}), "seconds": self.seconds}
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
 
     # The Trainer has no public way to say how weights come out of a checkpoint.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        self._earlier_seconds = json.loads((folder / PROGRESS_FILE).read_text())["seconds"]
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
         current = trained_weights({"model": self.model})
-        if not (folder / WEIGHTS_FILE).is_file():
-            raise CersaError(f"{folder} is no checkpoint of a classification run (no {WEIGHTS_FILE} in it)")
-        if json.loads((folder / BASES_FILE).read_text()) != basis_digest({"model": self.model}):
+        if json.loads((folder / PROGRESS_FILE).read_text())["bases"] != basis_digest({"model": self.model}):
             raise CersaError(
                 f"{folder}: the singular vectors came out differently than when it was written (another machine, thread count or "
                 "torch release), so its cores cannot go on: resume where it was started, or train anew"
@@ -80,5 +132,11 @@ class ClassifierTrainer(Trainer):
             for name, parameter in current.items():
                 parameter.copy_(stored[name])
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end: the state of the Trainer is the last file."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return (folder / WEIGHTS_FILE).is_file() and (folder / PROGRESS_FILE).is_file()

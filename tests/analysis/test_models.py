@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import cersa_diffusion as cersa
 from cersa_diffusion import BaseMismatchError, ConfigError, NonFiniteError
-from cersa_diffusion.analysis.models import open_pair
+from cersa_diffusion.analysis.models import open_dense, open_pair
 
 QKV = ["query", "key", "value"]
 
@@ -32,6 +32,16 @@ def test_a_model_and_its_cersa_adapter(trained, tmp_path):
     # In memory as well, and the base is left as it was.
     assert all(torch.equal(pair.after(), layers[pair.name].effective_weight()) for pair in open_pair(base, model))
     assert all(type(layer) is not cersa.CersaLinear for layer in base.modules())
+
+
+def test_cores_are_merged_where_a_model_of_its_own_is_looked_at(trained, model_path, tmp_path):
+    _, model = trained
+    expected = {n: m.effective_weight() for n, m in model.named_modules() if isinstance(m, cersa.CersaLinear)}
+    dense = open_dense(copy.deepcopy(model))["model"]
+    assert expected and all(torch.equal(dense.get_submodule(name).weight, weight) for name, weight in expected.items())
+    cersa.compress(model_path("deberta-v3"), tmp_path / "compressed", alpha=0.9)
+    names = {name for name, m in open_dense(model_path("deberta-v3"))["model"].named_modules() if type(m) is nn.Linear}
+    assert {name for name, m in open_dense(tmp_path / "compressed")["model"].named_modules() if type(m) is nn.Linear} == names
 
 
 def test_names_with_a_prefix_more_or_less(model_path, tmp_path):

@@ -21,7 +21,7 @@ def test_all_methods_train_the_same_layers_in_turns(name, model_path):
         model, targets, default_methods((0.9,), (2, 4)), random_inputs(model, 3), steps=1, rounds=3, report=said.append
     )
     assert [row["method"] for row in rows] == ["full", "LoRA r=2", "LoRA r=4", "CERSA alpha=0.9"]
-    assert all("6 layers" in line for line in said)
+    assert said[0].startswith("full: all parameters") and all("6 layers" in line for line in said[1:])
     for row in rows:
         assert row["examples_per_second"] == pytest.approx(3 / row["seconds"])
         assert row["to_lora_lowest"] <= row["to_lora"] <= row["to_lora_highest"]
@@ -46,6 +46,25 @@ def test_a_unet_under_autocast():
         unet, ["to_q"], default_methods((0.9,), ()), random_inputs(unet, 2), steps=1, rounds=1, autocast=torch.bfloat16
     )
     assert rows[1]["to_full"] > 0 and rows[1]["to_lora"] is None
+
+
+def test_a_unet_of_sdxl_is_given_its_sizes():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 10,
+    )
+    inputs = random_inputs(unet, 2)
+    assert inputs["added_cond_kwargs"]["text_embeds"].shape == (2, 10)
+    assert throughput_rows(unet, ["to_q"], default_methods((0.9,), (2,)), inputs, steps=1, rounds=1)[2]["to_lora"] > 0
 
 
 def test_bad_input_is_refused(network, model_path):

@@ -33,6 +33,12 @@ def test_numbers_keep_their_order_and_may_have_gaps():
     assert names == ["2", "3", "10"] and train["labels"][:] == [2, 0, 2, 1]
 
 
+def test_minus_one_is_a_label_among_others():
+    rows = Dataset.from_dict({"label": [-1, 1, 0]})
+    assert number_labels(rows, {}, "label", regression=False)[2] == ["-1", "0", "1"]
+    assert number_labels(rows, {}, "label", regression=True)[0]["labels"][:] == [-1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "regression", "message"),
     [
@@ -40,7 +46,7 @@ def test_numbers_keep_their_order_and_may_have_gaps():
         ([0, 1], [2], False, r"validation: classes \['2'\] do not occur in the training examples"),
         ([0.5, 1.0], [1.0], False, "label_column: 0.5 is no class: add --regression"),
         (["a", "b"], ["a"], True, "label_column: 'a' is no number to predict"),
-        ([0, 1, -1], [0], False, "train: 1 of 3 examples have no label, e.g. number 2"),
+        ([0, 1, -1], [-1, -1], False, "validation: 2 of 2 examples have no label, e.g. number 0"),
         (["a", None], ["a"], False, "train: 1 of 2 examples have no label, e.g. number 1"),
     ],
 )
@@ -63,6 +69,15 @@ def test_files_of_all_kinds_give_the_same_examples(suffix, tmp_path):
     assert len(splits.train) == 9 and len(splits.validation["validation"]) == 3 and splits.label_names == ["no", "yes"]
     found = {(row["text"], splits.label_names[row["labels"]]) for row in [*splits.train, *splits.validation["validation"]]}
     assert found == {(text, label) for text, _, label in rows}
+
+
+def test_quotation_marks_in_tsv_and_words_that_look_missing_are_text(tmp_path):
+    path, lines = tmp_path / "train.tsv", ['"it begins', "null", 'and ends"', 'a "b" c']
+    path.write_text(
+        "text\tlabel\n" + "".join(f"{line}\t{label}\n" for line, label in zip(lines, ["NA", "None"] * 2, strict=True))
+    )
+    splits = load_texts(TextData(train_file=str(path), validation_file=[str(path)]), seed=0)
+    assert splits.train["text"][:] == lines and splits.label_names == ["NA", "None"]
 
 
 def test_mnli_from_files_has_both_parts_under_their_names(tmp_path):
@@ -107,6 +122,10 @@ def test_files_that_cannot_work_are_refused(content, changes, message, tmp_path)
         ({"task_name": "winograd"}, "task_name is 'winograd', expected one of the GLUE tasks mnli, mrpc"),
         ({}, "data: expected one of dataset_name, train_file, found none"),
         ({"train_file": "a.csv", "dataset_name": "b"}, "found dataset_name and train_file"),
+        (
+            {"dataset_name": "a", "validation_split": "b", "validation_fraction": 0.5},
+            "validation_split names others: leave one out",
+        ),
         ({"train_file": "a.csv", "validation_fraction": 1.5}, r"validation_fraction is 1.5, expected a share in \(0, 1\)"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -42,8 +43,9 @@ LIMITS = {"cersa": 5e-3, "svfit": 5e-3, "svft": 5e-3, "lora": 1e-5, "pissa": 1e-
 def prepared(name: str, model_path, **options):
     """A classifier of three classes, prepared for a method."""
     kind = "image" if name == "vit" else "text"
+    dtype = options.pop("compute_dtype", torch.float32)
     settings = ClassifierSettings(model_name_or_path=str(model_path(name)), **options)
-    return load_for_training(kind, settings, load_processor(kind, settings), load_config(settings, ["a", "b", "c"]), seed=0)
+    return load_for_training(kind, settings, load_processor(kind, settings), load_config(settings, ["a", "b", "c"]), 0, dtype)
 
 
 def inputs(name: str, count: int = 8) -> dict[str, torch.Tensor]:
@@ -93,8 +95,10 @@ def test_trained_saved_and_opened_gives_the_same_logits(name, method, model_path
 @pytest.mark.parametrize("method", ["cersa", "svft", "lora", "pissa", "full"])
 @pytest.mark.parametrize("name", ["vit", "deberta-v3"])
 def test_bf16_trains_float32_parameters_and_opens_to_the_same_logits(name, method, model_path, tmp_path):
-    classifier = prepared(name, model_path, method=method, **OPTIONS[method])
-    classifier.cast_frozen(torch.bfloat16)
+    classifier = prepared(name, model_path, method=method, compute_dtype=torch.bfloat16, **OPTIONS[method])
+    exact = prepared(name, model_path, method=method, **OPTIONS[method]).model.state_dict()
+    own = {key: p for key, p in classifier.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(parameter, exact[key]) for key, parameter in own.items())
     rate = RATES.get(method, 1e-2)
     trainer = ClassifierTrainer(classifier, args=arguments(tmp_path, learning_rate=rate, bf16=True), train_dataset=examples(name))
     trainer.train()
@@ -207,6 +211,15 @@ def test_full_fine_tuning_trains_everything_unless_layers_are_named(model_path):
 def test_the_head_starts_the_same_for_every_method(model_path):
     heads = [prepared("deberta-v3", model_path, method=method, **own).head_state() for method, own in OPTIONS.items()]
     assert all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "deberta-v3"])
+def test_dropouts_reach_the_model(name, model_path):
+    model = prepared(name, model_path, method="lora", rank=4, attention_dropout=0.25, classifier_dropout=0.125).model
+    found = {key: module.p for key, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    assert {p for key, p in found.items() if key.endswith("attention.self.dropout")} == {0.25}
+    head = {"roberta": "classifier.dropout"}.get(name, "dropout")
+    assert found[head] == 0.125
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cersa_diffusion import CersaError, ConfigError
+from cersa_diffusion import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.classification import (
     ClassifierSettings,
     ImageData,
@@ -77,11 +78,58 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, model_path, picture_fo
     whole = run(model_path("vit"), data, tmp_path / "run", **own)
     last = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
     shutil.rmtree(tmp_path / "run" / "checkpoint-8")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    resumed = run(model_path("vit"), data, tmp_path / "run", resume_from_checkpoint="latest", **own)
+    if method == "full":
+        # From the middle of the second epoch, whose crops are others; otherwise of the first.
+        before = "checkpoint-6"
+    else:
+        # As where writing it was interrupted.
+        (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").write_text("{")
+        before = "checkpoint-3"
+    with warnings.catch_warnings(record=True) as said:
+        resumed = run(model_path("vit"), data, tmp_path / "run", resume_from_checkpoint="latest", **own)
+    assert any("checkpoint-6 was not written to its end" in str(w.message) for w in said) == (before == "checkpoint-3")
+    assert resumed.loss == pytest.approx(whole.loss)
     again = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
     assert last.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in last.items())
     assert whole.scores == resumed.scores and resumed.steps == 8
+
+
+def test_a_finished_run_resumed_keeps_its_figures(model_path, text_files, tmp_path):
+    own = {"method": "cersa", "save_strategy": "steps", "save_steps": 8}
+    whole = run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)
+    again = run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", **own)
+    assert (again.score, again.loss, again.steps) == (whole.score, whole.loss, 8) and again.seconds > 0.5 * whole.seconds
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "cersa"])
+def test_a_loss_that_is_lost_ends_the_run(method, model_path, text_files, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"lower learning_rate \(1e\+30\)"):
+        run(model_path("bert"), text_data(text_files), tmp_path / "run", method=method, learning_rate=1e30, max_grad_norm=0.0)
+    assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run" / "result").exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_memory_budget_holds_the_head_too(bf16, model_path, text_files, tmp_path):
+    own = {"max_steps": 1, "bf16": bf16}
+    most, least = (
+        run(model_path("bert"), text_data(text_files), tmp_path / str(alpha), method="cersa", alpha=alpha, **own)
+        for alpha in (1.0, 0.3)
+    )
+    total = {report.result: report.weight_bytes + report.gradient_bytes + report.optimizer_bytes for report in (most, least)}
+    budget = sum(total.values()) // 2
+    report = run(model_path("bert"), text_data(text_files), tmp_path / "run", method="cersa", memory_budget=str(budget), **own)
+    assert 0.95 * budget <= report.weight_bytes + report.gradient_bytes + report.optimizer_bytes <= budget
+
+
+def test_the_best_checkpoint_of_several_splits_is_that_of_the_first(model_path, text_files, tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text(text_files[1].read_text())
+    data = TextData(train_file=str(text_files[0]), validation_file=[str(text_files[1]), str(other)], text_pair_column="second")
+    own = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    run(model_path("bert"), data, tmp_path / "run", method="lora", rank=4, **own)
+    state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
+    name = next(key for key in state["log_history"][-1] if key.endswith("_loss"))
+    assert state["best_metric"] == min(e[name] for e in state["log_history"] if name in e)
 
 
 def test_the_best_checkpoint_is_what_is_saved(model_path, picture_folders, tmp_path):

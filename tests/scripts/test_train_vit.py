@@ -62,7 +62,7 @@ def test_two_processes_share_the_work(pictures, tmp_path):
     for processes in (1, 2):
         output = tmp_path / str(processes)
         changes = {"per_device_train_batch_size": 16 // processes, "logging_steps": 1, "attention_dropout": 0.0, "max_steps": 3}
-        changes["use_cpu"] = True  # two processes need two GPUs
+        changes |= {"random_resized_crop": True, "use_cpu": True}  # two processes would need two GPUs
         # What `accelerate launch` itself starts for several GPUs; on CPUs it asks for an MPI.
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *launcher, SCRIPT, *options(pictures, output, **changes)]
@@ -83,6 +83,7 @@ def test_two_processes_share_the_work(pictures, tmp_path):
         ({"train_dir": "/no/such/folder"}, "train_dir: /no/such/folder is not a folder"),
         ({"preset": "vit-huge/dtd"}, "preset is 'vit-huge/dtd', expected one of vit-large/cifar-100"),
         ({"alpha": 2}, "alpha is 2.0, expected a share in (0, 1]"),
+        ({"warmup_ratio": 0.1}, "error: unknown options: --warmup_ratio 0.1"),
         ({"bf16": True, "fp16": True}, "error: At most one of fp16 and bf16 can be True"),
     ],
 )
