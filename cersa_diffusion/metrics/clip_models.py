@@ -7,9 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from textwrap import shorten
 
-import open_clip
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
@@ -17,6 +15,12 @@ from transformers import BatchEncoding, CLIPModel, CLIPProcessor
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.embedding import embed_in_batches, scoring_device
+
+try:
+    import open_clip
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("scores need open_clip_torch: pip install 'cersa-diffusion[score]'") from error
 
 
 class ClipModel(ABC):

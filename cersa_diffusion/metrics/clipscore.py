@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-
-# The public functions of torchmetrics return the mean of a batch, clamped as a mean; CLIPScore is clamped picture by picture.
-from torchmetrics.functional.multimodal.clip_score import _clip_score_update
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip
+
+try:
+    # The public functions of torchmetrics return the mean of a batch, clamped as a mean; CLIPScore is clamped picture by picture.
+    from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("scores need torchmetrics: pip install 'cersa-diffusion[score]'") from error
 
 # What is usual for pictures today, and what Hessel et al. multiply with.
 PERCENT, HESSEL = 100.0, 2.5

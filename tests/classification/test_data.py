@@ -7,14 +7,17 @@ import pytest
 from datasets import Dataset, DatasetDict, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
+from transformers import DebertaV2Config
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.classification import ImageData, TextData
+from cersa_diffusion.classification import ClassifierSettings, ImageData, TextData
 from cersa_diffusion.classification.data import number_labels
 from cersa_diffusion.classification.images import load_images
+from cersa_diffusion.classification.model import load_processor
 from cersa_diffusion.classification.texts import load_texts, text_columns, token_limit
 
-from .conftest import sentences, write_pictures, write_table
+from .conftest import WORDS, sentences, write_pictures, write_table
 
 
 @settings(max_examples=30, deadline=None)
@@ -181,6 +184,19 @@ def test_pictures_that_cannot_work_are_refused(tmp_path):
     (tmp_path / "empty" / "a").mkdir(parents=True)
     with pytest.raises(ConfigError, match="train_dir: no pictures in the sub-folders"):
         load_images(ImageData(train_dir=str(tmp_path / "empty"), validation_fraction=0.5), seed=0)
+
+
+def test_the_tokenizer_of_deberta_is_read_as_it_is_released(tmp_path):
+    """A sentencepiece model and nothing else."""
+    names = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    numbers = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "vocab_size": 26}
+    texts = iter([" ".join(WORDS), *(text for text, _, _ in sentences(20, 0))])
+    prefix = str(tmp_path / "spm")
+    SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=prefix, minloglevel=2, **names, **numbers)
+    DebertaV2Config(vocab_size=26).save_pretrained(tmp_path)
+    tokenizer = load_processor("text", ClassifierSettings(model_name_or_path=str(tmp_path)))
+    found = tokenizer.convert_ids_to_tokens(tokenizer("the cat", "a dog")["input_ids"])
+    assert found[0] == "[CLS]" and found.count("[SEP]") == 2 and "".join(found[1:]).replace("\u2581", " ").startswith(" the cat")
 
 
 def test_inputs_are_cut_to_what_the_model_takes(model_path):
