@@ -158,13 +158,33 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
 
 
 def stored_name(name: str, model: nn.Module, stored: Iterable[str]) -> str | None:
-    """What a layer or tensor of a model is called in a checkpoint, or None when it is not there.
+    """What a layer or tensor of a model is called in a checkpoint, or None when it is not there; or the other way round.
 
-    Checkpoints of CLIP text models and of models with a head carry a prefix more or less, by release of transformers.
+    Checkpoints of CLIP text models and of models with a head carry a prefix more or less, by release of transformers, which also
+    renames modules of some architectures (a ViT's, for one) while it loads them.
     """
+    found = _with_a_prefix(name, model, stored)
+    if found is None and hasattr(model, "base_model_prefix"):
+        found = next((own for other in _renamed(name, model) if (own := _with_a_prefix(other, model, stored))), None)
+    return found
+
+
+def _with_a_prefix(name: str, model: nn.Module, stored: Iterable[str]) -> str | None:
     prefixes = {"text_model.", f"{getattr(model, 'base_model_prefix', '') or 'text_model'}."}
     candidates = [name, *(prefix + name for prefix in prefixes), *(name.removeprefix(prefix) for prefix in prefixes)]
     return next((candidate for candidate in candidates if candidate in stored), None)
+
+
+def _renamed(name: str, model: nn.Module) -> tuple[str, str]:
+    """A name in files as transformers has it in the model, and a name in the model as it has it in files."""
+    # Imported here: a model of diffusers alone needs no transformers.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+
+    changes = [own for own in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(own, PrefixChange)]
+    renamings = [own for own in changes if isinstance(own, WeightRenaming)]
+    back = [own.reverse_transform() for own in reversed(renamings)]
+    return rename_source_key(name, renamings, [])[0], rename_source_key(name, back, [], reverse=True)[0]
 
 
 def read_index(folder: Path) -> dict:

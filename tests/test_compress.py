@@ -11,7 +11,15 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPTextConfig, CLIPTextModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, CersaConfig, CersaLinear, ConfigError, NonFiniteError
@@ -149,6 +157,19 @@ def test_training_on_a_compressed_model(tmp_path):
     dense = CLIPTextModel.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     cersa.load_adapter(dense, tmp_path / "mine.safetensors", show_progress=False)
     torch.testing.assert_close(dense(tokens).last_hidden_state, model(tokens).last_hidden_state, rtol=1e-3, atol=1e-4)
+
+
+def test_an_architecture_whose_files_have_other_names_than_its_modules(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    cersa.inject_cersa(model, CersaConfig(alpha=0.8), show_progress=False)
+    cersa.compress(tmp_path / "vit", tmp_path / "small", alpha=0.8, show_progress=False)
+    opened, pixels = cersa.load_compressed(tmp_path / "small"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(opened(pixels).logits, model.eval()(pixels).logits, atol=1e-5)
+    assert len(cersa_layers(opened)) == len(cersa_layers(model)) == 13
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
