@@ -177,6 +177,8 @@ def replacement(
     """
     weight, residual = linear.weight, None
     if keep_residual:
+        # From the cache they come on the CPU.
+        factors = Decomposition(*(factor.to(weight.device) for factor in factors))
         # What the bases do not hold after they were rounded to the compute dtype: together they are the weight again.
         U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
         residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh

@@ -74,6 +74,11 @@ class CersaLinear(KeepsFloat32):
         kept = self._dense[0]
         return kept.read() if isinstance(kept, StoredWeight) else kept
 
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight without its numbers, on the meta device: some models (T5) look at a layer's dtype."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.U.dtype, device="meta")
+
     def add_core(self, adapter_name: str, core: Core, strength: float = 1.0) -> None:
         """Adds a core.
 

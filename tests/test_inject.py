@@ -5,10 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import T5Config, T5EncoderModel
 
 import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, CersaLinear, ConfigError, NonFiniteError
 from cersa_diffusion.baselines import svfit_config, svft_config
+from cersa_diffusion.functional import Decomposition
+from cersa_diffusion.inject import replacement
 
 from .conftest import train
 
@@ -164,3 +168,25 @@ def test_unprofitable_layers_can_be_left_dense(network):
     with pytest.raises(ConfigError, match="leaves none of the 1 layers"):
         cersa.inject_cersa(flat, CersaConfig(unprofitable="skip"), show_progress=False)
     assert isinstance(flat[0], nn.Linear) and flat[0].weight.requires_grad
+
+
+def test_the_residual_is_where_the_weight_is():
+    """Bases from the cache come on the CPU; on fake tensors, whose devices are checked as those of a GPU."""
+    with FakeTensorMode():
+        linear = nn.Linear(8, 6, device="cuda")
+        factors = Decomposition(torch.empty(6, 6), torch.empty(6), torch.empty(6, 8))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cersa_diffusion.inject.base_entries", lambda weight: ())
+            layer = replacement(linear, factors, 6, keep_residual=True, keep_base=False)
+        assert layer.residual.device == layer.U.device == linear.weight.device != factors.U.device
+
+
+def test_a_model_that_looks_at_the_dtype_of_its_layers():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 20}
+    model = T5EncoderModel(T5Config(**sizes)).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).last_hidden_state
+        cersa.inject_cersa(model, CersaConfig(alpha=1.0), show_progress=False)
+        assert torch.allclose(model(ids).last_hidden_state, before, atol=1e-5)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.families import Family, family_of
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.pictures import picture_paths
@@ -84,6 +85,20 @@ def _found_family(name_or_path: str, wanted: Family | None, revision: str | None
     return found
 
 
+def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Pictures of latents, (count, 3, height, width) in float32 from -1 to 1.
+
+    In the autoencoder's own dtype, whatever autocast or the UNet's dtype say: SDXL's overflows in float16.
+
+    Args:
+        pipeline: whose autoencoder decodes.
+        latents: (count, channels, height / 8, width / 8), scaled as the UNet has them.
+    """
+    vae = pipeline.vae
+    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+
+
 def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> None:
     """Fills the class folder up to `num_class_images` with lossless pictures by the base model; picture i has its own seed.
 
@@ -94,7 +109,10 @@ def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig)
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = len(picture_paths(folder, "class_data_dir")) if any(folder.iterdir()) else 0
-    missing = range(present, config.num_class_images)
+    # Beyond the last number: what was deleted for its looks would come back from the same seed.
+    numbered = [int(path.stem[6:]) for path in folder.glob("class-*.png") if path.stem[6:].isdigit()]
+    first = max(present, *(number + 1 for number in numbered), 0)
+    missing = range(first, first + config.num_class_images - present)
     pipeline.set_progress_bar_config(disable=True)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.prior_generation_precision)
     precision = torch.autocast(pipeline.device.type, dtype) if dtype else contextlib.nullcontext()
@@ -102,13 +120,20 @@ def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig)
         for start in range(0, len(missing), config.sample_batch_size):
             numbers = missing[start : start + config.sample_batch_size]
             generators = [torch.Generator().manual_seed(config.seed * 100_003 + number) for number in numbers]
-            pictures = pipeline(
+            latents = pipeline(
                 [config.class_prompt] * len(numbers),
                 generator=generators,
                 height=config.resolution,
                 width=config.resolution,
+                output_type="latent",
             ).images
-            for number, picture in zip(numbers, pictures, strict=True):
+            decoded = decode(pipeline, latents)
+            if not torch.isfinite(decoded).all():
+                raise NonFiniteError(
+                    f"class pictures {numbers[0]} to {numbers[-1]} hold NaN or infinity: choose another "
+                    f"prior_generation_precision ({config.prior_generation_precision})"
+                )
+            for number, picture in zip(numbers, pipeline.image_processor.postprocess(decoded), strict=True):
                 temporary = folder / f".class-{number:05d}.tmp"
                 picture.save(temporary, format="PNG")
                 temporary.rename(folder / f"class-{number:05d}.png")

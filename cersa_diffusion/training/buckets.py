@@ -60,7 +60,9 @@ def covering_size(size: Size, bucket: Size) -> Size:
 
 
 class PictureOrder:
-    """Which picture each sample of a run shows, as a function of the seed and the sample's number alone.
+    """Which picture each sample of a run shows, as a function of the seed and the sample's number.
+
+    With several buckets it is one of `samples_per_step` as well.
 
     All samples of an optimizer step come from one bucket. The buckets take turns such that over `cycle` steps every picture comes
     up equally often, and nearly so over any shorter stretch; within a bucket every epoch is a permutation of its own.

@@ -142,7 +142,7 @@ class DreamBoothConfig(MethodSettings):
         None, "Also log loss, learning rates and previews there (needs that package)."
     )
     logging_dir: str = _option("logs", "Folder of the logs, below output_dir.")
-    push_to_hub: bool = _option(False, "Upload the result, its card and the previews to the hub at the end.")
+    push_to_hub: bool = _option(False, "Upload the result, its card and the last pictures to the hub at the end.")
     hub_token: str | None = _option(None, "Token for the upload. Default: that of `hf auth login`.")
     hub_model_id: str | None = _option(None, "Repository to upload to. Default: the name of output_dir.")
     dataloader_num_workers: int = _option(0, "Processes that load pictures.")

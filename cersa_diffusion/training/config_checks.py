@@ -27,12 +27,25 @@ NEEDS = {
     "hub_token": "push_to_hub",
     "dataset_config_name": "dataset_name",
     "image_column": "dataset_name",
+    "num_class_images": "with_prior_preservation",
+    "prior_loss_weight": "with_prior_preservation",
+}
+# Options that only some choices of another one read.
+READ_BY = {
+    "lr_warmup_steps": ("lr_scheduler", lambda name: name != "constant"),
+    "lr_power": ("lr_scheduler", lambda name: name == "polynomial"),
+    "lr_num_cycles": ("lr_scheduler", lambda name: name == "cosine_with_restarts"),
+    "adam_beta1": ("optimizer", lambda name: name != "adafactor"),
+    "adam_beta2": ("optimizer", lambda name: name != "adafactor"),
+    "adam_epsilon": ("optimizer", lambda name: name != "adafactor"),
 }
 AT_LEAST_ONE = ("num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
                 "checkpointing_steps", "num_validation_images", "validation_steps", "validation_inference_steps", "repeats",
                 "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "lr_num_cycles")  # fmt: skip
 MORE_THAN_ZERO = ("learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_norm")
-AT_LEAST_ZERO = ("noise_offset", "lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "prior_loss_weight", "seed")
+AT_LEAST_ZERO = ("noise_offset", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers",
+                 "prior_loss_weight", "seed")  # fmt: skip
+SHARES = ("ema_decay", "adam_beta1", "adam_beta2")
 # Smallest part of a picture that the models can see: a multiple of it is what pipelines accept.
 PIXEL_STEP = 8
 
@@ -115,8 +128,11 @@ def _check_numbers(config: "DreamBoothConfig") -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}, expected more than 0")
-    if not 0 <= config.ema_decay < 1:
-        raise ConfigError(f"ema_decay is {config.ema_decay}, expected at least 0 and less than 1")
+    for name in SHARES:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}, expected at least 0 and less than 1")
+    if config.seed >= 2**32:
+        raise ConfigError(f"seed is {config.seed}, expected less than 2**32")
 
 
 def _check_texts(config: "DreamBoothConfig") -> None:
@@ -170,6 +186,11 @@ def _check_combinations(config: "DreamBoothConfig") -> None:
         )
     if config.cache_to_disk and not (config.cache_latents or config.pre_compute_text_embeddings):
         raise ConfigError("cache_to_disk keeps what cache_latents or pre_compute_text_embeddings make: add one of them")
+    if config.optimizer == "prodigy" and config.text_encoder_lr not in (None, config.learning_rate):
+        raise ConfigError(
+            f"prodigy has one rate for all: text_encoder_lr ({config.text_encoder_lr}) and learning_rate "
+            f"({config.learning_rate}) differ, leave text_encoder_lr out"
+        )
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         warnings.warn(
             f"prodigy multiplies its own estimate by learning_rate: {config.learning_rate} is far below the usual 1", stacklevel=5
@@ -186,5 +207,8 @@ def _warn_of_ignored(config: "DreamBoothConfig") -> None:
         idle = [name for name in changed if NEEDS.get(name) == needed]
         if idle and not getattr(config, needed):
             warn(f"without {needed}, {', '.join(idle)} is ignored")
+    for name, (option, reads) in READ_BY.items():
+        if name in changed and not reads(getattr(config, option)):
+            warn(f"{option} {getattr(config, option)} ignores {name}")
     if "num_train_epochs" in changed and config.max_train_steps is not None:
         warn("max_train_steps decides the length: num_train_epochs is ignored")

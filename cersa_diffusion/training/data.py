@@ -1,8 +1,9 @@
 """Pictures and the order in which a run sees them, as a function of the seed and the sample's number alone.
 
 Nothing here has a state: sample i of a run is the same picture, crop and noise however often the run was interrupted and over
-however many processes it is spread. The samples of an optimizer step have consecutive numbers, in batches that the processes take
-in turn: two processes see together what one sees in a batch of twice the size.
+however many processes it is spread (with several buckets: as long as a step has as many samples). The samples of an optimizer
+step have consecutive numbers, in batches that the processes take in turn: two processes see together what one sees in a batch of
+twice the size.
 """
 
 from collections.abc import Mapping

@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
@@ -55,7 +56,11 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
         # The last layer of SDXL's first text encoder feeds nothing; without this, processes would wait for its gradients.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=len(config.family.text_encoders) > 1)],
+        # Buffers are frozen bases, the same everywhere. While one process draws class pictures the others wait longer than usual.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=len(config.family.text_encoders) > 1),
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+        ],
     )
     checkpoint = _check_output(config, output_dir, config.total_steps(len(instance), accelerator.num_processes))
     publication = Publication.begin(config) if config.push_to_hub and accelerator.is_main_process else None
@@ -71,6 +76,8 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
         write_settings(config, output_dir / SETTINGS_FILE)
+        # Of the shorter run that is continued: with it this one would seem finished.
+        (output_dir / RESULT_FILE).unlink(missing_ok=True)
     if config.report_to:
         accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
     run.fit(output_dir, checkpoint, callbacks)
@@ -89,9 +96,16 @@ def _finish(
     pictures = []
     if config.validation_prompt:
         # By the saved result in a fresh pipeline: what the pictures show is what the file gives.
+        run.put_away()
         opened = load_result(
-            result.method, Path(result.weights_path), config.pretrained_model_name_or_path, revision=config.revision
+            result.method,
+            Path(result.weights_path),
+            config.pretrained_model_name_or_path,
+            dtype=run.compute_dtype,
+            revision=config.revision,
+            variant=config.variant,
         )
+        opened.vae.to(torch.float32)
         pictures = previews.draw(opened.to(accelerator.device), config)
         previews.save(pictures, output_dir / "validation")
         previews.log_previews(accelerator, pictures, result.steps, config.validation_prompt)
@@ -135,10 +149,12 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
             f"resume_from_checkpoint: {checkpoint} has done {checkpoint_step(checkpoint)} steps of {total_steps}: raise "
             "max_train_steps (or num_train_epochs) to train longer"
         )
-    if checkpoint and (output_dir / SETTINGS_FILE).is_file():
-        changed = config.same_run(read_settings(output_dir / SETTINGS_FILE, type(config)))
+    if checkpoint and (checkpoint.parent / SETTINGS_FILE).is_file():
+        changed = config.same_run(read_settings(checkpoint.parent / SETTINGS_FILE, type(config)))
         if changed:
-            raise ConfigError(f"resume_from_checkpoint: {output_dir} was started with other settings of {', '.join(changed)}")
+            raise ConfigError(
+                f"resume_from_checkpoint: {checkpoint.parent} was started with other settings of {', '.join(changed)}"
+            )
     return checkpoint
 
 

@@ -22,13 +22,13 @@ from cersa_diffusion.training.optimizers import optimizer_name
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
-BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}")'
+BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}"{options})'
 
 
 class Method(ABC):
     """One way to fine-tune the target layers of the components."""
 
-    # The lines of Python that open the result, with {pipeline}, {base} and {path}.
+    # The lines of Python that open the result, with {pipeline}, {base}, {options} of loading the base, and {path}.
     opening: str
 
     def __init__(self, config: DreamBoothConfig):
@@ -206,7 +206,13 @@ METHODS: dict[str, type[Method]] = {
 
 
 def load_result(
-    method: str, weights_path: Path, base: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    method: str,
+    weights_path: Path,
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Opens the result of a run in a fresh pipeline, through the loader its users have.
 
@@ -216,5 +222,6 @@ def load_result(
         base: the base the run started from.
         dtype: dtype of the pipeline.
         revision: revision of the base.
+        variant: of the base's weight files.
     """
-    return METHODS[method].open(weights_path, base, dtype=dtype, revision=revision)
+    return METHODS[method].open(weights_path, base, dtype=dtype, revision=revision, variant=variant)

@@ -38,7 +38,8 @@ def make_optimizer(config: DreamBoothConfig, groups: list[dict]) -> torch.optim.
     """
     name = optimizer_name(config)
     if name == "adafactor":
-        return torch.optim.Adafactor(groups, weight_decay=config.adam_weight_decay)
+        # Steps are not scaled by the size of the weights: cores and LoRA's B begin at zero and would hardly move.
+        return torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=config.adam_weight_decay)
     adam = {
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,

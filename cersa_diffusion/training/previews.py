@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
+from cersa_diffusion.training.base import decode
 from cersa_diffusion.training.config import DreamBoothConfig
 
 FOLDER = "previews"
@@ -35,10 +36,7 @@ def draw(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> list[Image.Im
             width=config.resolution,
             output_type="latent",
         ).images
-        # Decoded here: the pipeline would hand the UNet's dtype to an autoencoder that stays in float32.
-        vae = pipeline.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        pictures += pipeline.image_processor.postprocess(decoded.float())
+        pictures += pipeline.image_processor.postprocess(decode(pipeline, latents))
     return pictures
 
 

@@ -17,8 +17,8 @@ from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.settings_file import SETTINGS_FILE
 
 CARD_FILE, PICTURES_FILE = "README.md", "pictures.png"
-# What stays at home: checkpoints with optimizer states, and logs.
-NOT_UPLOADED = ["checkpoint-*", ".checkpoint-*", "logs/*"]
+# What stays at home: checkpoints with optimizer states, and the pictures on the way. Logs do, too.
+NOT_UPLOADED = ["checkpoint-*", ".checkpoint-*", f"{previews.FOLDER}/*"]
 
 
 def write_model_card(config: DreamBoothConfig, result: TrainResult, pictures: Sequence[Image.Image]) -> Path:
@@ -45,7 +45,7 @@ def write_model_card(config: DreamBoothConfig, result: TrainResult, pictures: Se
         make_image_grid(list(pictures), rows=1, cols=len(pictures)).save(folder / PICTURES_FILE)
         data.widget = [{"text": config.validation_prompt, "output": {"url": PICTURES_FILE}}]
         shown = f"\n![{config.validation_prompt}]({PICTURES_FILE})\n\n`{config.validation_prompt}`, by this result.\n"
-    snippet = result.snippet(config).replace(result.output_dir, ".")
+    snippet = result.snippet(config, f"./{Path(result.weights_path).relative_to(folder)}")
     size = f"{result.trainable_parameters / 1e6:.2f} M parameters, {result.file_bytes / 2**20:.2f} MiB"
     card = f"""---
 {data.to_yaml()}
@@ -72,10 +72,12 @@ class Publication:
     Args:
         api: with the token.
         repository: owner/name.
+        logging_dir: folder of the logs in that of the run.
     """
 
     api: HfApi
     repository: str
+    logging_dir: str
 
     @classmethod
     def begin(cls, config: DreamBoothConfig) -> "Publication":
@@ -87,7 +89,7 @@ class Publication:
         api = HfApi(token=config.hub_token)
         name = config.hub_model_id or Path(config.output_dir).absolute().name
         try:
-            return cls(api, api.create_repo(name, exist_ok=True).repo_id)
+            return cls(api, api.create_repo(name, exist_ok=True).repo_id, config.logging_dir)
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -104,5 +106,5 @@ class Publication:
             repo_id=self.repository,
             folder_path=result.output_dir,
             commit_message=f"{result.method}, {result.steps} steps",
-            ignore_patterns=[*NOT_UPLOADED, f"{previews.FOLDER}/*"],
+            ignore_patterns=[*NOT_UPLOADED, f"{self.logging_dir}/*"],
         )

@@ -54,15 +54,20 @@ class TrainResult:
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
         temporary.replace(path)
 
-    def snippet(self, config: DreamBoothConfig) -> str:
+    def snippet(self, config: DreamBoothConfig, path: str | None = None) -> str:
         """Lines of Python that draw with the result.
 
         Args:
             config: the settings of the run.
+            path: where the weights are; default: where they were written.
         """
         family = config.family
+        options = [f', {name}="{getattr(config, name)}"' for name in ("revision", "variant") if getattr(config, name)]
         opening = METHODS[config.method].opening.format(
-            pipeline=family.pipeline_class.__name__, base=config.pretrained_model_name_or_path, path=self.weights_path
+            pipeline=family.pipeline_class.__name__,
+            base=config.pretrained_model_name_or_path,
+            options="".join(options),
+            path=path or self.weights_path,
         )
         return (
             f"import torch, cersa_diffusion\nfrom diffusers import {family.pipeline_class.__name__}\n{opening}\n"

@@ -159,6 +159,9 @@ class DreamBoothRun:
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
         self._prepare_for_accelerate()
         step = load_checkpoint(self.accelerator, self.components, checkpoint) if checkpoint else 0
+        if self.average is not None:
+            # accelerate loads what is registered onto the CPU.
+            self.average.to(self.accelerator.device)
         self._announce(step)
         if step == 0:
             self._preview(output_dir, step)
@@ -180,6 +183,15 @@ class DreamBoothRun:
                     self._preview(output_dir, step)
                 # Previews and checkpoints are not the time of the steps.
                 start = time.perf_counter()
+
+    def put_away(self) -> None:
+        """Gives the device's memory back when all is saved: models go to the CPU, optimizer and average are dropped."""
+        for model in (*self.components.values(), *self.base.components.values()):
+            if isinstance(model, nn.Module):
+                model.to("cpu")
+        self.optimizer = self.scheduler = self.average = None
+        self.prepared = {}
+        self.accelerator.free_memory()
 
     def _prepare_for_accelerate(self) -> None:
         config, accelerator = self.config, self.accelerator

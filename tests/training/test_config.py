@@ -34,6 +34,10 @@ REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictu
         ({"class_prompt": "a cat"}, "need --with_prior_preservation"),
         ({"with_prior_preservation": True, "class_prompt": "a cat"}, "class_data_dir and class_prompt"),
         ({"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": "./pictures"}, "the same folder"),
+        ({"adam_beta1": 1.5}, "adam_beta1 is 1.5, expected at least 0 and less than 1"),
+        ({"adam_epsilon": -1.0}, "adam_epsilon is -1.0, expected 0 or more"),
+        ({"seed": 2**32}, r"seed is 4294967296, expected less than 2\*\*32"),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 0.1}, "prodigy has one rate for all"),
     ],
 )
 def test_refused(settings, message):
@@ -49,6 +53,9 @@ def test_refused(settings, message):
         ({"method": "svft", "alpha": 0.8}, "method 'svft' ignores alpha"),
         ({"method": "full", "sparse_pattern": "random"}, "method 'full' ignores sparse_pattern"),
         ({"off_diagonals": 4}, "without core='sparse', off_diagonals is ignored"),
+        ({"lr_warmup_steps": 10}, "lr_scheduler constant ignores lr_warmup_steps"),
+        ({"optimizer": "adafactor", "adam_beta1": 0.8}, "optimizer adafactor ignores adam_beta1"),
+        ({"prior_loss_weight": 0.5}, "without with_prior_preservation, prior_loss_weight is ignored"),
         ({"train_text_encoder": False, "text_encoder_lr": 1e-5}, "without train_text_encoder, text_encoder_lr is ignored"),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from cersa_diffusion import CersaError, CersaLinear, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.base import load_base
+from cersa_diffusion.training.callbacks import TrainingCallback, TrainingStopped
 from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.pictures import picture_paths
@@ -152,6 +153,35 @@ def test_another_run_in_the_folder_is_not_overwritten(settings):
     assert Path(result.weights_path).read_bytes() == before
 
 
+def test_a_checkpoint_of_another_folder_is_of_the_settings_there(settings, tmp_path):
+    settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
+    train_dreambooth(DreamBoothConfig(**settings))
+    elsewhere = {"output_dir": str(tmp_path / "new"), "max_train_steps": 3}
+    from_there = {"resume_from_checkpoint": str(Path(settings["output_dir"]) / "checkpoint-2")}
+    with pytest.raises(ConfigError, match="was started with other settings of learning_rate, seed"):
+        train_dreambooth(DreamBoothConfig(**settings | elsewhere | from_there | {"learning_rate": 1e-5, "seed": 3}))
+    assert train_dreambooth(DreamBoothConfig(**settings | elsewhere | from_there)).steps == 3
+
+
+def test_a_run_that_goes_on_is_unfinished_until_its_end(settings):
+    settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
+    result = Path(train_dreambooth(DreamBoothConfig(**settings)).output_dir) / "result.json"
+    assert result.exists()
+
+    class Stop(TrainingCallback):
+        def on_step(self, progress):
+            assert not result.exists()
+
+        def should_stop(self):
+            return True
+
+    longer = settings | {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(TrainingStopped):
+        train_dreambooth(DreamBoothConfig(**longer), [Stop()])
+    assert not result.exists()
+    assert train_dreambooth(DreamBoothConfig(**longer)).steps == 4 and result.exists()
+
+
 def test_a_checkpoint_in_other_coordinates_is_refused(settings):
     settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
     train_dreambooth(DreamBoothConfig(**settings))
@@ -177,6 +207,11 @@ def test_prior_preservation_fills_the_class_folder_and_reuses_it(settings, tmp_p
     train_dreambooth(DreamBoothConfig(**settings | {"output_dir": str(tmp_path / "again"), "num_class_images": 4}))
     paths = picture_paths(tmp_path / "class", "class_data_dir")
     assert len(paths) == 4 and [path.read_bytes() for path in paths[:3]] == before
+    # One that was deleted is replaced by another, not by itself.
+    paths[1].unlink()
+    train_dreambooth(DreamBoothConfig(**settings | {"output_dir": str(tmp_path / "third"), "num_class_images": 4}))
+    names = [path.name for path in picture_paths(tmp_path / "class", "class_data_dir")]
+    assert names == [f"class-{number:05d}.png" for number in (0, 2, 3, 4)]
 
 
 def test_bf16_keeps_cores_and_optimizer_in_float32(settings, tmp_path):

@@ -107,6 +107,17 @@ def test_every_optimizer_learns_and_resumes(small_settings, tmp_path, optimizer)
     assert any(tensor.abs().max() > 0 for name, tensor in first.items() if tensor.is_floating_point())
 
 
+def test_the_steps_of_adafactor_are_as_long_as_those_of_adamw(small_settings, tmp_path):
+    """Although cores begin at zero, and Adafactor would scale its steps by the size of what it trains."""
+    moved = {}
+    for optimizer in ("adamw", "adafactor"):
+        own = small_settings | {"optimizer": optimizer, "learning_rate": 1e-3, "output_dir": str(tmp_path / optimizer)}
+        run = make_run(own)
+        run.fit(tmp_path / optimizer)
+        moved[optimizer] = torch.cat([parameter.detach().flatten() for parameter in run.trained()]).square().mean().sqrt()
+    assert 0.1 < moved["adafactor"] / moved["adamw"] < 10
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_cached_latents_and_prompts_train_alike(small_settings, tmp_path, on_disk):
     settings = small_settings | {"center_crop": True, "train_text_encoder": False, "random_flip": True}

@@ -6,6 +6,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 
 from cersa_diffusion import ConfigError
@@ -13,14 +15,27 @@ from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
 from cersa_diffusion.training.publish import Publication
 
 
-def test_the_card_says_how_to_use_the_result(small_settings):
+def test_the_card_says_how_to_use_the_result(small_settings, tmp_path, monkeypatch):
     settings = small_settings | {"validation_prompt": "a sks cat on the moon", "num_validation_images": 2}
+    settings |= {"output_dir": "cat", "validation_inference_steps": 2}
+    monkeypatch.chdir(tmp_path)
     result = train_dreambooth(DreamBoothConfig(**settings), [])
     card = ModelCard.load(Path(result.output_dir) / "README.md")
     assert card.data.instance_prompt == "a sks cat" and "cersa" in card.data.tags
     assert (Path(result.output_dir) / card.data.widget[0]["output"]["url"]).is_file()
     (code,) = card.text.split("```python")[1:]
-    assert "./pytorch_cersa_weights.safetensors" in code and str(result.output_dir) not in code
+    assert 'load_cersa_weights("./pytorch_cersa_weights.safetensors")' in code and 'pipe("a sks cat"' in code
+
+
+def test_a_base_of_variant_files_only(small_base, small_settings, tmp_path):
+    base = StableDiffusionPipeline.from_pretrained(small_base("sd1"), dtype=torch.float16)
+    base.save_pretrained(tmp_path / "half", variant="fp16")
+    settings = small_settings | {"pretrained_model_name_or_path": str(tmp_path / "half"), "variant": "fp16", "max_train_steps": 1}
+    settings |= {"validation_prompt": "a sks cat", "num_validation_images": 1, "validation_inference_steps": 2}
+    config = DreamBoothConfig(**settings)
+    result = train_dreambooth(config, [])
+    assert (Path(result.output_dir) / "validation" / "00.png").is_file()
+    assert 'half", variant="fp16")' in result.snippet(config)
 
 
 class Hub(BaseHTTPRequestHandler):
