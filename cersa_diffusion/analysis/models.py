@@ -75,7 +75,7 @@ def open_dense(source: Source, revision: str | None = None) -> dict[str, nn.Modu
     """As `open_model`, with cores merged into plain linear layers: what an analysis of a model's own layers looks at.
 
     Args:
-        source: what `open_model` opens.
+        source: what `open_model` opens; a model in memory is changed in place.
         revision: of a model on the hub.
 
     Returns:

@@ -189,9 +189,9 @@ def load_for_training(
     adaptation = settings.adaptation(targets)
     if settings.memory_budget is not None:
         also_trained = {f"model.{name}" for module in head for name in _tensors(model, module)}
-        config = settings.cersa_config(targets)
-        ranks = choose_ranks(model, config, weight_dtype=compute_dtype, also_trained=also_trained)["model"]
-        adaptation = CersaAdaptation(config, ranks)
+        cersa = settings.cersa_config(targets)
+        ranks = choose_ranks(model, cersa, weight_dtype=compute_dtype, also_trained=also_trained)["model"]
+        adaptation = CersaAdaptation(cersa, ranks)
     description = adaptation.prepare(model)
     for module in head:
         for tensor in _tensors(model, module).values():

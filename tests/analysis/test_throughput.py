@@ -31,17 +31,17 @@ def test_all_methods_train_the_same_layers_in_turns(name, model_path):
     assert [bar.get_width() for bar in bars] == [row["examples_per_second"] for row in rows]
 
 
+def small_unet(**changes) -> UNet2DConditionModel:
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 12}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel(**sizes, **blocks, norm_num_groups=4, attention_head_dim=4, **changes)
+
+
 def test_a_unet_under_autocast():
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = small_unet()
     rows = throughput_rows(
         unet, ["to_q"], default_methods((0.9,), ()), random_inputs(unet, 2), steps=1, rounds=1, autocast=torch.bfloat16
     )
@@ -49,19 +49,8 @@ def test_a_unet_under_autocast():
 
 
 def test_a_unet_of_sdxl_is_given_its_sizes():
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=4 * 6 + 10,
-    )
+    widths = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 4 * 6 + 10}
+    unet = small_unet(addition_embed_type="text_time", **widths)
     inputs = random_inputs(unet, 2)
     assert inputs["added_cond_kwargs"]["text_embeds"].shape == (2, 10)
     assert throughput_rows(unet, ["to_q"], default_methods((0.9,), (2,)), inputs, steps=1, rounds=1)[2]["to_lora"] > 0
