@@ -22,7 +22,6 @@ from cersa_diffusion.functional import (
     core_to_block,
     float64,
     low_rank_factors,
-    pivot_rows,
 )
 from cersa_diffusion.inject import cersa_layers, check_layers, replace_module, replacement
 from cersa_diffusion.linear import CersaLinear
@@ -195,7 +194,7 @@ def _store(
         raise NonFiniteError(f"layer {key}: the adapter holds NaN or infinity (training diverged?), nothing was written")
     region = slice(core.offset, core.offset + core.rank)
     U, Vh = layer.U[:, region], layer.Vh[region]
-    rows, columns = pivot_rows(U), pivot_rows(Vh.T)
+    rows, columns = layer.pivots(core.rank, core.offset)
     factors = [core_to_block(change, U, Vh, rows, columns)]
     if save_energy is not None:
         left, right = low_rank_factors(change, save_energy)
@@ -340,12 +339,15 @@ def _prepare(
 def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight | None, keep_base: bool) -> _Prepared:
     module, stored = target.module, target.stored
     weight = finest_weight(module.weight, place)
-    singular_values = factors.s
-    if stored.bases is not None:
+    singular_values, pivots = factors.s, None
+    if stored.bases is None:
+        pivots = factors.pivots
+    else:
         # Without a decomposition: what the weight at hand does to the stored vectors.
         first = slice(len(stored.leading_singular_values))
         singular_values = ((float64(factors.U[:, first]).T @ float64(weight)) * float64(factors.Vh[first])).sum(1)
-    layer = replacement(module, factors, stored.kept_rank, keep_residual=stored.residual_kept, keep_base=keep_base, stored=place)
+    options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": place, "pivots": pivots}
+    layer = replacement(module, factors, stored.kept_rank, **options)
     # Solved for with the factors as they are before the layer rounds them to its dtype.
     return _Prepared(key, layer, solve_core(factors, stored), _difference(singular_values, base_entries(weight), stored))
 

@@ -5,11 +5,9 @@ block of the weight change ``dW = U D Vh`` at r pivot rows and r pivot columns, 
 coordinates of whatever base it meets. docs/file-format.md describes it for other readers.
 """
 
-import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +17,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from cersa_diffusion.checksum import NO_CHECKSUM, is_intact, write_checksum
 from cersa_diffusion.errors import AdapterFormatError, ConfigError, NonFiniteError
+from cersa_diffusion.files import atomic_write
 from cersa_diffusion.fingerprint import ENTRIES
 from cersa_diffusion.functional import Decomposition, float64
 
@@ -34,7 +34,6 @@ _LAYER_NAME = re.compile(r"(?=.{1,500}$)[\w-]+(\.[\w-]+)+", re.ASCII)
 _PICKLE = "a pickle, which may run code when it is opened and never is: CERSA adapters are safetensors"
 # What stands in front of the 64 hexadecimal digits of the checksum, as the header's JSON is itself a string in JSON.
 _CHECKSUM_MARKER = b'{\\"checksum\\": \\"'
-_NO_CHECKSUM = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class AdapterFile:
 
 
 def write_adapter_file(adapter: AdapterFile, path: str | os.PathLike) -> None:
-    """Writes the file under a temporary name and renames it, so that an interrupted save leaves the old file.
+    """Writes the file as a whole: an interrupted save, or a power cut, leaves the old file or the new one.
 
     Raises:
         NonFiniteError: NaN or infinity in a layer; nothing is written.
@@ -138,16 +137,12 @@ def write_adapter_file(adapter: AdapterFile, path: str | os.PathLike) -> None:
         if not all(torch.isfinite(factor).all() for factor in layer.factors):
             raise NonFiniteError(f"layer {name}: the adapter holds NaN or infinity (training diverged?), nothing was written")
         tensors |= {f"{name}.{kind}": tensor.contiguous().cpu() for kind, tensor in layer.tensors().items()}
-    content = _with_checksum(save(tensors, metadata={HEADER_ENTRY: _header_text(adapter)}))
+    content = bytearray(save(tensors, metadata={HEADER_ENTRY: _header_text(adapter)}))
+    write_checksum(content, _CHECKSUM_MARKER)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        # Plain open() follows the umask; safetensors' own save_file would make the file private.
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _header_text(adapter: AdapterFile) -> str:
@@ -165,14 +160,7 @@ def _header_text(adapter: AdapterFile) -> str:
         raise ConfigError(f"config, base_model and training must be plain finite JSON values: {error}") from error
     if len(text) > HEADER_LIMIT // 2:
         raise ConfigError(f"the header would be {len(text) / 2**20:.1f} MiB long: shorten config, base_model or training")
-    return f'{{"checksum": "{_NO_CHECKSUM}", {text[1:]}'
-
-
-def _with_checksum(content: bytes) -> bytearray:
-    content = bytearray(content)
-    place = content.find(_CHECKSUM_MARKER) + len(_CHECKSUM_MARKER)
-    content[place : place + 64] = hashlib.sha256(content).hexdigest().encode()
-    return content
+    return f'{{"checksum": "{NO_CHECKSUM}", {text[1:]}'
 
 
 def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
@@ -238,7 +226,8 @@ def _read(path: Path) -> AdapterFile:
         _check_version(header)
         # Read only now, and as a whole: a foreign checkpoint of many gigabytes does not come this far.
         content = prefix + outer + file.read()
-    _check_checksum(content, 8 + length, header)
+    if not is_intact(content, _CHECKSUM_MARKER, 8 + length):
+        raise AdapterFormatError("its bytes do not fit its checksum, it was damaged or altered: copy or download it again")
     try:
         tensors = load(content)
     except (KeyError, ValueError, TypeError) as error:  # element types that torch does not have
@@ -268,14 +257,6 @@ def _check_version(header: dict) -> None:
     found = header.get("format_version")
     if found != FORMAT_VERSION:
         raise AdapterFormatError(f"format version {found!r}, this release reads {FORMAT_VERSION}: update cersa-diffusion")
-
-
-def _check_checksum(content: bytes, header_end: int, header: dict) -> None:
-    place = content.find(_CHECKSUM_MARKER, 0, header_end) + len(_CHECKSUM_MARKER)
-    digest = hashlib.sha256(content[:place] + _NO_CHECKSUM.encode())
-    digest.update(memoryview(content)[place + 64 :])
-    if header.get("checksum") != digest.hexdigest():
-        raise AdapterFormatError("its bytes do not fit its checksum, it was damaged or altered: copy or download it again")
 
 
 def _parse(header: dict, tensors: dict[str, Tensor]) -> AdapterFile:

@@ -1,19 +1,23 @@
 """What takes long is done once: an on-disk cache of singular value decompositions, and of what training computes beforehand.
 
-Entries are safetensors, named by a hash of all that they depend on (a weight's bytes and the algorithm), read memory-mapped.
-Writing is atomic and a lock per entry keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is
-"off", `CERSA_CACHE_LIMIT` bounds it in GiB, and so each of its parts.
+Entries are safetensors, named by a hash of all that they depend on (a weight's bytes and the algorithm), with a checksum over
+the whole file that every reading compares, and then memory-mapped. Writing is atomic, and one lock for every 256th part of the
+entries keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is "off", `CERSA_CACHE_LIMIT` bounds
+it in GiB, and so each of its parts.
 """
 
 import contextlib
 import hashlib
+import mmap
 import os
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
@@ -21,24 +25,28 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cersa_diffusion.checksum import NO_CHECKSUM, is_intact, write_checksum
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.functional import Decomposition, decompose
+from cersa_diffusion.functional import Pivots, choose_pivots, decompose
 
-# Raised whenever `decompose` may give other numbers for the same weight.
-ALGORITHM = "gram-or-svd-1"
+# Raised whenever the same weight may get another entry.
+ALGORITHM = "gram-or-svd-2"
 DEFAULT_LIMIT_GIB = 20.0
 # Sub-folders of the cache: decompositions are in the folder itself, the others are training's.
 LATENTS, TEXT_EMBEDDINGS = "latents", "text_embeddings"
 CACHE_PARTS = ("", LATENTS, TEXT_EMBEDDINGS)
 # How long to wait for another process that computes an entry, before computing it here as well.
 CLAIM_SECONDS = 600
+# A temporary file this old is no writer's that still lives.
+ABANDONED_SECONDS = 3600
+_CHECKSUM_MARKER = b'"sha256":"'
 # On an accelerator layers are decomposed one at a time: more at once take memory and no less time.
 _ACCELERATOR = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds."""
+    """What a cache holds; the size counts what writers that were killed have left."""
 
     folder: Path
     entries: int
@@ -82,12 +90,21 @@ class TensorCache:
         return cls((Path(setting) if setting else home / "cersa_diffusion") / part, limit_bytes)
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
-        """The entry of a key, memory-mapped, or None when there is none that can be read."""
+        """The entry of a key, memory-mapped, or None when there is none; a damaged one is removed with a warning."""
         path = self._path(key)
+        try:
+            intact = _is_intact(path)
+        except OSError:
+            return None
+        if not intact:
+            warnings.warn(f"the cache entry {path} is damaged: it is removed and computed anew", stacklevel=2)
+            with contextlib.suppress(OSError):  # someone else's cache
+                path.unlink()
+            return None
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, safetensors.SafetensorError):
+        except (OSError, safetensors.SafetensorError):  # another process has just removed it
             return None
         with contextlib.suppress(OSError):  # someone else's cache: readable all the same
             os.utime(path)
@@ -119,8 +136,12 @@ class TensorCache:
         try:
             temporary.touch()
             mode = temporary.stat().st_mode  # as the umask has it; safetensors alone would make the file private
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+            content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(content, temporary, metadata={"sha256": NO_CHECKSUM})
+            with open(temporary, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                write_checksum(mapped, _CHECKSUM_MARKER)
             temporary.chmod(mode)
+            # Not flushed to the disk first: an entry that a power cut leaves half-written does not fit its checksum.
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -141,7 +162,11 @@ class TensorCache:
             yield
 
     def trim(self) -> None:
-        """Removes the entries that were unused for longest until the rest fits the limit."""
+        """Removes what killed writers have left, and the entries that were unused for longest until the rest fits the limit."""
+        for path, status in self._temporary_files():
+            if time.time() - status.st_mtime > ABANDONED_SECONDS:
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
         entries = sorted(self._entries(), key=lambda entry: entry[1].st_mtime)
         excess = sum(status.st_size for _, status in entries) - self.limit_bytes
         for path, status in entries:
@@ -152,39 +177,79 @@ class TensorCache:
             excess -= status.st_size
 
     def clear(self) -> None:
-        """Removes all entries."""
-        for path, _ in self._entries():
+        """Removes all entries, and what writers that were killed have left."""
+        for path, _ in self._entries() + self._temporary_files():
             path.unlink(missing_ok=True)
 
     def info(self) -> CacheInfo:
         """Where the cache is and what it holds."""
-        sizes = [status.st_size for _, status in self._entries()]
-        return CacheInfo(self.folder, len(sizes), sum(sizes), self.limit_bytes)
+        entries = self._entries()
+        size = sum(status.st_size for _, status in entries + self._temporary_files())
+        return CacheInfo(self.folder, len(entries), size, self.limit_bytes)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _entries(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
-        for path in self.folder.glob("??/*.safetensors"):
+        return self._files("??/*.safetensors")
+
+    def _temporary_files(self) -> list[tuple[Path, os.stat_result]]:
+        return self._files("??/.*.tmp")
+
+    def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
+        files = []
+        for path in self.folder.glob(pattern):
             try:
-                found.append((path, path.stat()))
+                files.append((path, path.stat()))
             except FileNotFoundError:  # another process trims as well
                 continue
-        return found
+        return files
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file fits its checksum, read through a memory map: no copy of it is made."""
+    with open(path, "rb") as file:
+        header_end = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < header_end <= os.fstat(file.fileno()).st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return is_intact(mapped, _CHECKSUM_MARKER, header_end)
+
+
+class LeadingFactors(NamedTuple):
+    """The leading singular triplets of a weight, its whole spectrum, and the pivots of the triplets.
+
+    Attributes:
+        U: (m, k) float32.
+        s: (p,) float64, all singular values, descending.
+        Vh: (k, n) float32.
+        rows: (k,) and
+        columns: (k,): as `cersa_diffusion.functional.choose_pivots` gives them.
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def pivots(self) -> Pivots:
+        """Rows and columns together."""
+        return Pivots(self.rows, self.columns)
 
 
 class DecompositionCache(TensorCache):
-    """Decompositions on disk: the whole spectrum and the leading singular vectors in float32."""
+    """Decompositions on disk."""
 
-    def read(self, key: str) -> Decomposition | None:
+    def read(self, key: str) -> LeadingFactors | None:
         """The entry of a key, or None when there is none that can be read."""
         tensors = self.read_tensors(key)
-        if tensors is None or tensors.keys() != set(Decomposition._fields):
+        if tensors is None or tensors.keys() != set(LeadingFactors._fields):
             return None
-        return Decomposition(**tensors)
+        return LeadingFactors(**tensors)
 
-    def write(self, key: str, factors: Decomposition) -> None:
+    def write(self, key: str, factors: LeadingFactors) -> None:
         """Writes an entry, as `write_tensors` does."""
         self.write_tensors(key, factors._asdict())
 
@@ -197,7 +262,7 @@ def weight_key(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache: DecompositionCache | None) -> Decomposition:
+def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache: DecompositionCache | None) -> LeadingFactors:
     """The leading singular triplets of a weight, from the cache where it has enough of them.
 
     The bases are rounded to float32 with and without a cache, so that both give the same layers.
@@ -208,7 +273,7 @@ def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache:
         cache: where to look and to keep the result, or None.
 
     Returns:
-        U (m, k) and Vh (k, n) in float32, and the *whole* spectrum s (p,) in float64.
+        At least as many triplets as are wanted.
     """
     if cache is None:
         return _rounded(weight, choose_rank)
@@ -224,14 +289,15 @@ def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache:
     return found
 
 
-def _enough(found: Decomposition | None, weight: Tensor, choose_rank: Callable[[Tensor], int]) -> Decomposition | None:
+def _enough(found: LeadingFactors | None, weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors | None:
     if found is None or len(found.s) != min(weight.shape) or (len(found.U), found.Vh.shape[-1]) != weight.shape:
         return None
     return found if found.U.shape[1] >= choose_rank(found.s) else None
 
 
-def _rounded(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> Decomposition:
+def _rounded(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors:
     with contextlib.nullcontext() if weight.device.type == "cpu" else _ACCELERATOR:
         factors = decompose(weight)
-    rank = choose_rank(factors.s)
-    return Decomposition(factors.U[:, :rank].float(), factors.s, factors.Vh[:rank].float())
+        rank = choose_rank(factors.s)
+        U, Vh = factors.U[:, :rank].float(), factors.Vh[:rank].float()
+        return LeadingFactors(U, factors.s, Vh, *choose_pivots(U, Vh))

@@ -6,9 +6,9 @@ are. Otherwise, and between machines, they may differ in the last digits of floa
 turn: the adapter file is made for that (docs/file-format.md). Weights on an accelerator are decomposed there, one at a time.
 
 Several processes share the work through the cache, without talking to each other: each does its own share first, then what is
-missing of the others', and a lock per entry sees to it that no layer is decomposed twice. So a process that dies holds nobody up,
-only one of them may come here at all, and machines with a cache each need not see each other's. With the cache off every process
-decomposes everything.
+missing of the others', and the cache's locks see to it that no layer is decomposed twice. So a process that dies holds nobody
+up, only one of them may come here at all, and machines with a cache each need not see each other's. With the cache off every
+process decomposes everything.
 """
 
 from collections import deque
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
-from cersa_diffusion.cache import DecompositionCache, leading_factors
+from cersa_diffusion.cache import DecompositionCache, LeadingFactors, leading_factors
 from cersa_diffusion.checkpoint import StoredWeight, finest_weight
 from cersa_diffusion.errors import CersaError
-from cersa_diffusion.functional import Decomposition
 
 # Bounds the memory: a worker holds a layer's float64 factors, some 200 MB for 5120 x 1280.
 MAX_WORKERS = 16
@@ -61,7 +60,7 @@ class LayerJob:
 
 
 @contextmanager
-def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) -> Iterator[Iterator[tuple[str, Decomposition]]]:
+def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) -> Iterator[Iterator[tuple[str, LeadingFactors]]]:
     """Decomposes layers, each once, through the cache that the environment names.
 
     A context manager, so that an error or Ctrl-C in the loop over the results ends the work too: layers under way are finished
@@ -92,8 +91,8 @@ def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) ->
 
 
 def _results(
-    jobs: Sequence[LayerJob], results: Iterator[Decomposition], progress: "_Progress | None"
-) -> Iterator[tuple[str, Decomposition]]:
+    jobs: Sequence[LayerJob], results: Iterator[LeadingFactors], progress: "_Progress | None"
+) -> Iterator[tuple[str, LeadingFactors]]:
     for job, result in zip(jobs, results, strict=True):
         if progress:
             progress.count(job)
@@ -136,7 +135,7 @@ def _keep(job: LayerJob, cache: DecompositionCache) -> None:
     _factors(job, cache)
 
 
-def _factors(job: LayerJob, cache: DecompositionCache | None) -> Decomposition:
+def _factors(job: LayerJob, cache: DecompositionCache | None) -> LeadingFactors:
     try:
         return leading_factors(job.load(), job.choose_rank, cache)
     except torch.linalg.LinAlgError as error:

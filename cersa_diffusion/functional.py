@@ -7,7 +7,6 @@ trainable core ``D`` (r x r) on r of the k components, usually the leading ones,
 
 from typing import NamedTuple
 
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +20,13 @@ class Decomposition(NamedTuple):
     Vh: Tensor
 
 
+class Pivots(NamedTuple):
+    """Rows and columns where a weight change of full core rank is read off: int64 indices on the CPU."""
+
+    rows: Tensor
+    columns: Tensor
+
+
 def float64(tensor: Tensor) -> Tensor:
     """The tensor in float64 without gradient, on its device or, where that has no float64 (Apple's MPS), on the CPU."""
     device = "cpu" if tensor.device.type == "mps" else tensor.device
@@ -28,7 +34,7 @@ def float64(tensor: Tensor) -> Tensor:
 
 
 # Below this ratio of smallest to largest singular value, squaring the matrix costs digits that float32 bases would show.
-GRAM_CONDITION = 1e-6
+GRAM_CONDITION = 6e-5
 
 
 def decompose(weight: Tensor) -> Decomposition:
@@ -127,16 +133,26 @@ def cersa_linear(
 
 
 def pivot_rows(basis: Tensor) -> Tensor:
-    """The r rows that span the basis best: pivoted QR of its transpose.
+    """The r rows that span the basis best: the pivots of an LU factorisation, on the device that the basis is on.
+
+    Elimination goes from column to column, so the first q of them are the pivots of the first q columns.
 
     Args:
         basis: (m, r) with independent columns, r <= m.
 
     Returns:
-        (r,) int64 row indices, in the order in which QR picks them, on the CPU.
+        (r,) int64 row indices, in the order in which they are picked, on the CPU.
     """
-    _, order = scipy.linalg.qr(float64(basis).cpu().numpy().T, mode="r", pivoting=True, check_finite=False)
-    return torch.from_numpy(order[: basis.shape[1]]).long()
+    swaps = torch.linalg.lu_factor_ex(float64(basis)).pivots.tolist()
+    order = list(range(len(basis)))
+    for step, row in enumerate(swaps):
+        order[step], order[row - 1] = order[row - 1], order[step]
+    return torch.tensor(order[: basis.shape[1]])
+
+
+def choose_pivots(U: Tensor, Vh: Tensor) -> Pivots:
+    """Pivot rows of U (m, r) and pivot columns of Vh (r, n); their first q are those of the first q components."""
+    return Pivots(pivot_rows(U), pivot_rows(Vh.T))
 
 
 def core_to_block(core: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

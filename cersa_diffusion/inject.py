@@ -15,7 +15,7 @@ from cersa_diffusion.cores import Core, DiagonalCore, MatrixCore, SparseCore, ba
 from cersa_diffusion.decomposition import LayerJob, decompose_layers
 from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.fingerprint import base_entries
-from cersa_diffusion.functional import Decomposition, float64, kept_energy
+from cersa_diffusion.functional import Decomposition, Pivots, float64, kept_energy
 from cersa_diffusion.linear import CersaLinear, FusedLinear
 from cersa_diffusion.memory import is_profitable
 
@@ -164,6 +164,7 @@ def replacement(
     keep_residual: bool,
     keep_base: bool,
     stored: StoredWeight | None = None,
+    pivots: Pivots | None = None,
 ) -> CersaLinear:
     """The CERSA layer for a linear layer, not yet in its place and without cores.
 
@@ -174,16 +175,17 @@ def replacement(
         keep_residual: keep the part of the weight outside these components, frozen and dense.
         keep_base: keep the weight for `restore_base`: in CPU memory, unless it can be read again from its checkpoint.
         stored: where the checkpoint has the weight, if it has.
+        pivots: of the decomposition, where they are known.
     """
     weight, residual = linear.weight, None
     if keep_residual:
         # From the cache they come on the CPU.
-        factors = Decomposition(*(factor.to(weight.device) for factor in factors))
+        factors = Decomposition(*(factor.to(weight.device) for factor in (factors.U, factors.s, factors.Vh)))
         # What the bases do not hold after they were rounded to the compute dtype: together they are the weight again.
         U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
         residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
     dense_weight = (stored or weight) if keep_base else None
-    layer = CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual)
+    layer = CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual, pivots)
     layer.base_entries = base_entries(finest_weight(weight, stored))
     return layer
 
@@ -286,7 +288,8 @@ def inject_cersa(
                 skipped.append(name)
                 continue
             keep_residual = config.residual == "keep"
-            layer = replacement(linear, factors, own.kept, keep_residual=keep_residual, keep_base=keep_base, stored=stored[name])
+            options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
+            layer = replacement(linear, factors, own.kept, **options)
             layer.add_core(adapter_name, new_core(config, own, factors))
             replacements[name] = layer
             rows.append(_report(name, layer, adapter_name, factors.s))

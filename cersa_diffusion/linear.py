@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cersa_diffusion.checkpoint import StoredWeight
 from cersa_diffusion.cores import Core, KeepsFloat32
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.functional import Decomposition, cersa_linear, float64
+from cersa_diffusion.functional import Decomposition, Pivots, cersa_linear, choose_pivots, float64
 
 
 class CersaLinear(KeepsFloat32):
@@ -27,6 +27,7 @@ class CersaLinear(KeepsFloat32):
         dense_weight: the replaced weight, kept in CPU memory so that it can come back bit for bit; or where it lies on disk;
             or None.
         residual: (m, n) part of the weight outside the kept components, or None where it is dropped.
+        pivots: those of the decomposition, where they are known; default: chosen when they are asked for.
     """
 
     float32_names = ("s",)
@@ -40,9 +41,10 @@ class CersaLinear(KeepsFloat32):
         device: torch.device | None = None,
         dense_weight: Tensor | StoredWeight | None = None,
         residual: Tensor | None = None,
+        pivots: Pivots | None = None,
     ):
         super().__init__()
-        U, s, Vh = decomposition
+        U, s, Vh = decomposition.U, decomposition.s, decomposition.Vh
         self.out_features, self.in_features = U.shape[0], Vh.shape[1]
         self.kept_rank = kept_rank
         placed = {"device": device or U.device, "copy": True, "memory_format": torch.contiguous_format}
@@ -60,6 +62,8 @@ class CersaLinear(KeepsFloat32):
         self.is_base = False
         if isinstance(dense_weight, Tensor):
             dense_weight = dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
+        # First component -> pivots of the components from there on. Nothing that trains: chosen once, and in no state dict.
+        self._pivots = {} if pivots is None else {0: Pivots(*(indices[:kept_rank] for indices in pivots))}
         # In a tuple, so that it is no part of the module: not in the state dict, not moved to the GPU.
         self._dense = (dense_weight,)
 
@@ -134,6 +138,16 @@ class CersaLinear(KeepsFloat32):
             before, after = core.offset - first, last - core.offset - core.rank
             total = total + strength * nn.functional.pad(core.dense(), (before, after, before, after))
         return total, first
+
+    def pivots(self, rank: int, offset: int = 0) -> Pivots:
+        """The rows and columns at which a change of `rank` components from `offset` on is stored; chosen once."""
+        if offset not in self._pivots:
+            self._pivots[offset] = choose_pivots(self.U[:, offset:], self.Vh[offset:])
+        return Pivots(*(indices[:rank] for indices in self._pivots[offset]))
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._pivots = {}  # these may be other bases
+        super()._load_from_state_dict(*args)
 
     def forward(self, x: Tensor) -> Tensor:
         core, offset = self.active_core()

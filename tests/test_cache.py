@@ -3,6 +3,8 @@
 import copy
 import multiprocessing
 import os
+import random
+import re
 import stat
 import tempfile
 import threading
@@ -12,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import cersa_diffusion as cersa
 import cersa_diffusion.cache as cache_module
 from cersa_diffusion import CersaConfig, ConfigError
-from cersa_diffusion.cache import DecompositionCache, leading_factors, weight_key
-from cersa_diffusion.functional import Decomposition, decompose
+from cersa_diffusion.cache import DecompositionCache, LeadingFactors, leading_factors, weight_key
 
 
 @pytest.fixture
@@ -62,25 +64,104 @@ def test_more_components_than_the_entry_has_are_computed_and_kept(cache):
     assert cache.read(weight_key(weight)).Vh.shape == (9, 16) and cache.info().entries == 1
 
 
-@pytest.mark.parametrize("damage", ["in the header", "in the numbers", "another layer's"])
-def test_a_damaged_entry_is_replaced(cache, damage):
+def only_entry(cache: DecompositionCache) -> Path:
+    (path,) = cache.folder.glob("*/*.safetensors")
+    return path
+
+
+def flipped(content: bytes, place: int, bits: int = 1) -> bytes:
+    return content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", ["cut in the header", "cut in the numbers", "one bit of a number", "a longer header", "empty"])
+def test_a_damaged_entry_is_named_and_replaced(cache, damage):
     weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     expected = leading_factors(weight, lambda s: 4, cache)
-    (path,) = cache.folder.glob("*/*.safetensors")
+    path = only_entry(cache)
     content = path.read_bytes()
-    if damage == "another layer's":
-        cache.write(weight_key(weight), decompose(torch.randn(16, 20)))
-    else:
-        path.write_bytes(content[:100] if damage == "in the header" else content[:-100])
+    damaged = {
+        "cut in the header": content[:100],
+        "cut in the numbers": content[:-100],
+        "one bit of a number": flipped(content, len(content) - 100),
+        "a longer header": flipped(content, 6),
+        "empty": b"",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.warns(UserWarning, match=re.escape(str(path))) as caught:
+        again = leading_factors(weight, lambda s: 4, cache)
+    assert len(caught) == 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    assert path.read_bytes() == content
+
+
+def test_an_entry_of_another_weight_is_replaced(cache):
+    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    expected = leading_factors(weight, lambda s: 4, cache)
+    cache.write(weight_key(weight), leading_factors(torch.randn(16, 20), lambda s: 4, None))
     again = leading_factors(weight, lambda s: 4, cache)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
-    assert cache.read(weight_key(weight)) is not None
+
+
+def test_a_thousand_flipped_bytes_are_each_noticed(cache):
+    leading_factors(torch.randn(12, 9, generator=torch.Generator().manual_seed(0)), lambda s: 4, cache)
+    path = only_entry(cache)
+    content, chance = path.read_bytes(), random.Random(0)
+    header = range(8 + int.from_bytes(content[:8], "little"))
+    places = [*header, *(chance.randrange(len(content)) for _ in range(1000 - len(header)))]
+    for place in places:
+        path.write_bytes(flipped(content, place, chance.randrange(1, 256)))
+        with pytest.warns(UserWarning, match="damaged"):
+            assert cache.read(path.stem) is None, f"byte {place} of {len(content)}"
+        assert not path.exists()
+    path.write_bytes(content)
+    assert cache.read(path.stem) is not None
+
+
+def test_half_of_a_basis_lost_costs_a_decomposition_and_no_accuracy(network, cache):
+    again = copy.deepcopy(network)
+    cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
+    for path in cache.folder.glob("*/*.safetensors"):
+        tensors = load_file(path)
+        place = path.read_bytes().index(tensors["U"].numpy().tobytes())
+        size = tensors["U"].numel() * 4 // 2
+        content = bytearray(path.read_bytes())
+        content[place : place + size] = bytes(size)
+        path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        cersa.inject_cersa(again, CersaConfig(alpha=0.9), show_progress=False)
+    assert len(caught) == 3
+    for layer in (0, 2, 4):
+        assert torch.equal(again[layer].effective_weight(), network[layer].effective_weight())
+
+
+def test_a_damaged_entry_in_a_read_only_cache_is_not_used(read_only_cache):
+    path = only_entry(read_only_cache)
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 100))
+    with pytest.warns(UserWarning, match=path.name):
+        again = leading_factors(torch.eye(9, 5), lambda s: 3, read_only_cache)
+    expected = leading_factors(torch.eye(9, 5), lambda s: 3, None)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_what_a_killed_writer_left_is_counted_and_removed(cache):
+    leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+    entry = only_entry(cache)
+    old, new = entry.with_name(".old.tmp"), entry.with_name(".new.tmp")
+    for path in (old, new):
+        path.write_bytes(bytes(1000))
+    os.utime(old, (1000, 1000))
+    info = cache.info()
+    assert (info.entries, info.size_bytes) == (1, entry.stat().st_size + 2000)
+    cache.trim()
+    assert entry.exists() and new.exists() and not old.exists()
+    cache.clear()
+    assert cache.info().size_bytes == 0 and not new.exists()
 
 
 def test_the_limit_removes_what_was_unused_for_longest(cache):
     weights = [torch.randn(30, 30, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for age, weight in enumerate(weights):
-        cache.write(weight_key(weight), decompose(weight))
+        leading_factors(weight, len, cache)
         path = cache.folder / weight_key(weight)[:2] / f"{weight_key(weight)}.safetensors"
         os.utime(path, (1000 + age, 1000 + age))
     assert cache.read(weight_key(weights[0])) is not None  # used now, so the second is the oldest
@@ -94,7 +175,7 @@ def test_the_limit_removes_what_was_unused_for_longest(cache):
 def write_often(folder: str, key: str, value: float) -> None:
     cache = DecompositionCache(folder, 2**30)
     for _ in range(100):
-        cache.write(key, Decomposition(torch.full((50, 50), value), torch.full((50,), value), torch.full((50, 50), value)))
+        cache.write(key, LeadingFactors(*(torch.full(shape, value) for shape in ((50, 50), (50,), (50, 50), (50,), (50,)))))
 
 
 def test_two_processes_write_the_same_entry_and_readers_see_whole_ones(cache):
@@ -163,6 +244,7 @@ def read_only_cache():
     with tempfile.TemporaryDirectory() as folder:
         cache = DecompositionCache(Path(folder) / "cache", 2**30)
         leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+        only_entry(cache).chmod(0o666)  # for whoever damages it; nobody may add or remove files
         os.chmod(folder, 0o755)
         for path in (cache.folder, *cache.folder.glob("**/*/")):
             path.chmod(0o555)

@@ -21,8 +21,8 @@ from transformers import AutoModel, ViTConfig, ViTForImageClassification
 import cersa_diffusion as cersa
 from cersa_diffusion import BaseMismatchError, CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.adapter_file import read_adapter_file
-from cersa_diffusion.cache import leading_factors
-from cersa_diffusion.functional import Decomposition
+from cersa_diffusion.cache import LeadingFactors, leading_factors
+from cersa_diffusion.functional import Decomposition, choose_pivots
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 
 # An alpha at which the bfloat16 base errs by 16 % in one layer of the embedded base when what is decomposed was rounded.
@@ -154,7 +154,8 @@ def test_other_singular_vectors(case, change, monkeypatch):
     def changed(weight, choose_rank, cache):
         factors = leading_factors(weight, choose_rank, cache)
         rank = choose_rank(factors.s)  # the cache may hold more of them, and what is kept must not be mixed with the rest
-        return change(Decomposition(factors.U[:, :rank], factors.s, factors.Vh[:rank]))
+        changed = change(Decomposition(factors.U[:, :rank], factors.s, factors.Vh[:rank]))
+        return LeadingFactors(*changed, *choose_pivots(changed.U, changed.Vh))
 
     monkeypatch.setattr("cersa_diffusion.decomposition.leading_factors", changed)
     parts = case.load(case.folder, torch.float32)
