@@ -14,6 +14,7 @@ from cersa_diffusion.adapter import load_adapter, save_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
 from cersa_diffusion.classification.model import KINDS, Classifier, load_base
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import staged_folder
 from cersa_diffusion.methods import CERSA_METHODS, LORA_METHODS
 
 DESCRIPTION_FILE = "cersa_classifier.json"
@@ -36,10 +37,16 @@ def save_classifier(classifier: Classifier, folder: Path, facts: dict) -> Path:
         The file with the trained weights.
 
     Raises:
-        NonFiniteError: a core holds NaN or infinity.
+        NonFiniteError: a core holds NaN or infinity; nothing is written.
+        OSError: the disk is full; nothing is left half-written.
     """
-    settings, model = classifier.settings, classifier.model
     folder.mkdir(parents=True, exist_ok=True)
+    with staged_folder(folder) as staging:
+        return folder / _write_result(classifier, staging, facts).relative_to(staging)
+
+
+def _write_result(classifier: Classifier, folder: Path, facts: dict) -> Path:
+    settings, model = classifier.settings, classifier.model
     base = {"name_or_path": settings.model_name_or_path, "revision": settings.revision}
     if settings.method in CERSA_METHODS:
         path = folder / DEFAULT_FILE_NAME

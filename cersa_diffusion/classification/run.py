@@ -21,6 +21,8 @@ from cersa_diffusion.classification.settings import ClassifierSettings, ImageDat
 from cersa_diffusion.classification.texts import load_texts, metric_name, text_columns, token_limit, with_tokens
 from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complete
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.files import atomic_write
+from cersa_diffusion.processes import share_bases
 
 METRICS_FILE = "metrics.json"
 ROW_FILE = "table_row.md"
@@ -114,9 +116,10 @@ def train_classifier(
     output_dir = Path(arguments.output_dir)
     checkpoint = _checkpoint(settings, data, arguments, output_dir)
     trainer, splits, metric = _prepare(settings, data, arguments)
+    share_bases({"model": trainer.model})
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / SETTINGS_FILE).write_text(json.dumps(_deciding(settings, data, arguments), indent=2) + "\n")
+        _write_text(output_dir / SETTINGS_FILE, json.dumps(_deciding(settings, data, arguments), indent=2) + "\n")
         print(trainer.classifier.description, flush=True)
     steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     seconds = trainer.seconds
@@ -141,10 +144,16 @@ def train_classifier(
         "preset": preset,
     }
     report = _finish(trainer, figures, output_dir)
-    (output_dir / METRICS_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
-    (output_dir / ROW_FILE).write_text(report.row)
+    _write_text(output_dir / ROW_FILE, report.row)
+    # Last: it says that the run is finished.
+    _write_text(output_dir / METRICS_FILE, json.dumps(asdict(report), indent=2) + "\n")
     print(report.row, flush=True)
     return report
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def _prepare(

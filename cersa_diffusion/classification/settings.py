@@ -161,7 +161,7 @@ class RunArguments(TrainingArguments):
     dataloader_pin_memory: bool = _option(torch.cuda.is_available(), "Keep batches in memory that a GPU reads faster.")
     # Columns are chosen, and pictures decoded, here.
     remove_unused_columns: bool = _option(False, "Leave as it is.")
-    # Frozen bases are buffers: they are the same in all processes and need not be sent at every step.
+    # Frozen bases are buffers: the first process sends them once, after they are made.
     ddp_broadcast_buffers: bool | None = _option(False, "Send buffers from the first process at every step.")
     # Otherwise transformers leaves NaN out of the loss that it reports.
     logging_nan_inf_filter: bool = _option(False, "Report the last finite loss instead of NaN.")

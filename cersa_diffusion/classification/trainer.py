@@ -3,10 +3,11 @@
 import json
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -14,14 +15,28 @@ from transformers.trainer_utils import TrainOutput
 
 from cersa_diffusion.classification.model import Classifier
 from cersa_diffusion.classification.result import save_classifier
-from cersa_diffusion.errors import CersaError, NonFiniteError
-from cersa_diffusion.training.checkpoints import WEIGHTS_FILE, basis_digest, trained_weights
+from cersa_diffusion.errors import NonFiniteError
+from cersa_diffusion.files import atomic_write
+from cersa_diffusion.training.checkpoints import WEIGHTS_FILE, basis_digest, check_finite, load_weights, trained_weights
+from cersa_diffusion.training.portable_weights import save_portable
 
 PROGRESS_FILE = "progress.json"
 
 
 class _Watch(TrainerCallback):
-    """Keeps the data set's epoch, the log complete at every checkpoint, and stops where the loss is lost."""
+    """Keeps the data set's epoch, the log complete at every checkpoint, and stops where the loss is lost.
+
+    Args:
+        trainer: whose run it watches.
+    """
+
+    def __init__(self, trainer: "ClassifierTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, **_):
+        # The moments were loaded after the weights, and belong to the singular vectors of another machine.
+        if self.trainer.moved:
+            optimizer.state.clear()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
         # accelerate's loader does so itself only in one process and in a run that was not resumed.
@@ -29,6 +44,8 @@ class _Watch(TrainerCallback):
             train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **_):
+        # From here to the written result a checkpoint keeps what was done, whatever the strategy of saving on the way is.
+        control.should_save |= state.global_step >= state.max_steps
         # Losses since the last entry of the log are in no checkpoint.
         control.should_log |= control.should_save or control.should_training_stop
 
@@ -52,8 +69,9 @@ class ClassifierTrainer(Trainer):
     """
 
     def __init__(self, classifier: Classifier, **arguments):
-        super().__init__(model=classifier.model, processing_class=classifier.processor, callbacks=[_Watch()], **arguments)
-        self.classifier = classifier
+        super().__init__(model=classifier.model, processing_class=classifier.processor, **arguments)
+        self.classifier, self.moved = classifier, False
+        self.add_callback(_Watch(self))
         self._start, self._earlier_seconds = time.perf_counter(), 0.0
 
     def train(self, *arguments, **options) -> TrainOutput:
@@ -73,6 +91,11 @@ class ClassifierTrainer(Trainer):
         steps = [entry["step"] for entry in entries]
         weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
         return sum(w * entry["loss"] for w, entry in zip(weights, entries, strict=True)) / steps[-1]
+
+    @cached_property
+    def bases(self) -> str:
+        """`basis_digest` of the model; frozen bases never change, so it is computed once."""
+        return basis_digest({"model": self.model})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, with the classifier's own learning rate, and no weight decay on biases and norms."""
@@ -104,10 +127,15 @@ class ClassifierTrainer(Trainer):
             save_classifier(self.classifier, folder, {"steps": self.state.global_step})
             return
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in trained_weights({"model": self.model}).items()}
-        save_file(weights, folder / WEIGHTS_FILE)
-        progress = {"bases": basis_digest({"model": self.model}), "seconds": self.seconds}
-        (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
+        components = {"model": self.model}
+        check_finite(components)
+        weights = {name: p.detach().cpu().contiguous() for name, p in trained_weights(components).items()}
+        with atomic_write(folder / WEIGHTS_FILE) as path:
+            save_file(weights, path)
+        save_portable(components, folder, {})
+        progress = {"bases": self.bases, "seconds": self.seconds}
+        with atomic_write(folder / PROGRESS_FILE) as path:
+            path.write_text(json.dumps(progress) + "\n")
 
     # The Trainer has no public way to say how weights come out of a checkpoint.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -119,18 +147,8 @@ class ClassifierTrainer(Trainer):
         self._load_weights(Path(self.state.best_model_checkpoint))
 
     def _load_weights(self, folder: Path) -> None:
-        current = trained_weights({"model": self.model})
-        if json.loads((folder / PROGRESS_FILE).read_text())["bases"] != basis_digest({"model": self.model}):
-            raise CersaError(
-                f"{folder}: the singular vectors came out differently than when it was written (another machine, thread count or "
-                "torch release), so its cores cannot go on: resume where it was started, or train anew"
-            )
-        stored = load_file(folder / WEIGHTS_FILE)
-        if set(stored) != set(current) or any(stored[name].shape != current[name].shape for name in current):
-            raise CersaError(f"{folder}: its {len(stored)} trained tensors are not those of this run: other settings?")
-        with torch.no_grad():
-            for name, parameter in current.items():
-                parameter.copy_(stored[name])
+        self.moved = json.loads((folder / PROGRESS_FILE).read_text())["bases"] != self.bases
+        load_weights({"model": self.model}, folder, solve=self.moved)
 
 
 def is_complete(folder: Path) -> bool:

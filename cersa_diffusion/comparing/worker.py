@@ -76,10 +76,8 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
     """
     run, clock = Path(config.output_dir), Clock(folder / CLOCK_FILE)
     if (run / RESULT_FILE).is_file():
-        result, before = TrainResult(**json.loads((run / RESULT_FILE).read_text())), {"seconds": 0.0, "peak": 0}
+        result, before = TrainResult.read(run), {"seconds": 0.0, "peak": 0}
     else:
-        # Written, but the result was not: there is no step left to go on with.
-        shutil.rmtree(run / f"checkpoint-{config.max_train_steps}", ignore_errors=True)
         result = train_dreambooth(config, [ProgressBar(config), clock])
         before = clock.before
     for checkpoint in run.glob("checkpoint-*"):

@@ -2,20 +2,26 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from cersa_diffusion.errors import CersaError, ConfigError
+from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.files import flush, flush_tree, replace_path
 from cersa_diffusion.inject import cersa_layers
+from cersa_diffusion.processes import any_process
+from cersa_diffusion.training.portable_weights import AVERAGE, TRAINED, core_parameters, restore_portable, save_portable
 
 # Written last: a folder without it, or whose files are not those it lists, is no checkpoint.
 PROGRESS_FILE = "progress.json"
@@ -44,14 +50,40 @@ def basis_digest(components: dict[str, nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    accelerator: Accelerator, components: dict[str, nn.Module], output_dir: Path, step: int, limit: int | None
-) -> Path:
+@dataclass
+class TrainingState:
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        accelerator: holds optimizer, scheduler, scaler and random numbers.
+        components: the unwrapped models by name.
+        optimizer: of the trained parameters.
+        average: their moving average, or None.
+    """
+
+    accelerator: Accelerator
+    components: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer | None = None
+    average: EMAModel | None = None
+
+    @cached_property
+    def bases(self) -> str:
+        """`basis_digest` of the components; frozen bases never change, so it is computed once."""
+        return basis_digest(self.components)
+
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """Trained parameter -> its moving average; empty where there is none."""
+        if self.average is None:
+            return {}
+        return dict(zip(trained_weights(self.components).values(), self.average.shadow_params, strict=True))
+
+
+def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: int | None) -> Path:
     """Writes checkpoint-STEP under a temporary name, renames it, and only then removes the oldest beyond the limit.
 
     Args:
-        accelerator: holds optimizer, scheduler, scaler and moving average.
-        components: the unwrapped models by name.
+        state: of the run.
         output_dir: folder of the run.
         step: optimizer steps done.
         limit: how many checkpoints to keep, or None for all.
@@ -60,54 +92,77 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        CersaError: it cannot be written (a full disk); the checkpoints before it stay.
+        NonFiniteError: a trained parameter holds NaN or infinity; nothing is written.
+        CersaError: it cannot be written (a full disk), in every process; the checkpoints before it stay.
     """
+    check_finite(state.components)
+    accelerator = state.accelerator
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    try:
+
+    def begin() -> None:
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+
+    def write_states() -> None:
         accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
+
+    def finish() -> None:
         if accelerator.is_main_process:
-            _finish(components, temporary, step)
-            _put_in_place(temporary, final)
-            if limit is not None:
-                _remove_old(output_dir, step, limit)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CersaError(
-            f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room, then "
-            "--resume_from_checkpoint latest"
-        ) from error
+            _finish(state, temporary, step)
+            replace_path(temporary, final)
+            flush(output_dir)
+
+    for stage in (begin, write_states, finish):
+        error = _failure(stage, accelerator)
+        if error is not None:
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CersaError(
+                f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room, then "
+                "--resume_from_checkpoint latest"
+            ) from error
+    if accelerator.is_main_process and limit is not None:
+        _remove_old(output_dir, step, limit)
     accelerator.wait_for_everyone()
     return final
 
 
-def _finish(components: dict[str, nn.Module], folder: Path, step: int) -> None:
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_weights(components).items()}
+def check_finite(components: dict[str, nn.Module]) -> None:
+    """Refuses trained weights that are lost.
+
+    Raises:
+        NonFiniteError: a trained parameter holds NaN or infinity.
+    """
+    for name, parameter in trained_weights(components).items():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"{name} holds NaN or infinity after an optimizer step: lower learning_rate")
+
+
+def _failure(stage: Callable[[], None], accelerator: Accelerator) -> Exception | None:
+    """Does a stage of the writing; returns why it failed here or, where it failed elsewhere, that it did."""
+    error = None
+    try:
+        stage()
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as caught:  # torch and safetensors have no OSError for a full disk
+        error = caught
+    if any_process(error is not None, accelerator.device):
+        return error or OSError("another process could not write its part")
+    return None
+
+
+def _finish(state: TrainingState, folder: Path, step: int) -> None:
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_weights(state.components).items()}
     save_file(weights, folder / WEIGHTS_FILE)
+    save_portable(state.components, folder, state.averages)
     files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    progress = {"step": step, "bases": basis_digest(components), "files": files}
+    progress = {"step": step, "bases": state.bases, "files": files}
     (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1) + "\n")
-    for path in (*folder.rglob("*"), folder):
-        # A checkpoint that a power cut leaves half on disk must not carry the name of a whole one.
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    if final.exists():
-        # Left by a run that was resumed from an earlier step; renamed first, so that no moment has only a half of it.
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(final)
+    # A checkpoint that a power cut leaves half on disk must not carry the name of a whole one.
+    flush_tree(folder)
 
 
 def _remove_old(output_dir: Path, step: int, limit: int) -> None:
@@ -116,16 +171,17 @@ def _remove_old(output_dir: Path, step: int, limit: int) -> None:
     for number, folder in reversed(list_checkpoints(output_dir)):
         if number < step:
             if kept == limit:
-                shutil.rmtree(folder)
+                # One that cannot be removed takes room, nothing else.
+                shutil.rmtree(folder, ignore_errors=True)
             else:
                 kept += damage(folder) is None
 
 
 def remove_leftovers(output_dir: Path) -> None:
     """Removes what a killed run left half-written."""
-    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old"):
-        for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
+    for pattern in (".*.tmp", ".*.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _digest(path: Path) -> str:
@@ -191,26 +247,55 @@ def checkpoint_step(folder: Path) -> int:
     return json.loads((folder / PROGRESS_FILE).read_text())["step"]
 
 
-def load_checkpoint(accelerator: Accelerator, components: dict[str, nn.Module], folder: Path) -> int:
+def load_checkpoint(state: TrainingState, folder: Path) -> int:
     """Puts a checkpoint's state back; returns the number of steps it has done.
 
+    Where the singular vectors came out differently than when it was written, the cores are solved for in the present ones, and
+    the optimizer's moments start anew.
+
+    Args:
+        state: of the run, prepared by accelerate.
+        folder: a checkpoint that is not damaged.
+
     Raises:
-        CersaError: the decomposition came out in other coordinates than the checkpoint's, or the weights do not fit.
+        CersaError: the weights do not fit this run.
     """
     progress = json.loads((folder / PROGRESS_FILE).read_text())
-    if progress["bases"] != basis_digest(components):
-        raise CersaError(
-            f"{folder}: the singular vectors came out differently than when it was written (another machine, thread count or "
-            "torch release), so its cores cannot go on: resume where it was started, or train anew"
-        )
+    # The bases are those of the first process everywhere, so that all processes go the same way.
+    moved = progress["bases"] != state.bases
+    load_weights(state.components, folder, solve=moved)
+    state.accelerator.load_state(str(folder))
+    if moved:
+        restore_portable(state.components, folder, AVERAGE, state.averages)
+        state.optimizer.state.clear()
+    return progress["step"]
+
+
+def load_weights(components: dict[str, nn.Module], folder: Path, *, solve: bool) -> None:
+    """Puts the trained weights of a checkpoint into the models.
+
+    Args:
+        components: the models by name, prepared as they were.
+        folder: the checkpoint.
+        solve: the bases of the models are others than the checkpoint's: solve for the cores in them, with a warning.
+
+    Raises:
+        CersaError: the weights do not fit these models.
+    """
     stored, current = load_file(folder / WEIGHTS_FILE), trained_weights(components)
     if set(stored) != set(current):
         raise CersaError(f"{folder}: it holds {len(stored)} trained tensors, this run has {len(current)} others: other settings?")
+    for name, parameter in current.items():
+        if stored[name].shape != parameter.shape:
+            found, expected = tuple(stored[name].shape), tuple(parameter.shape)
+            raise CersaError(f"{folder}: {name} has shape {found}, expected {expected}: other settings or another base?")
+    if solve:
+        restore_portable(components, folder, TRAINED)
+    cores = core_parameters(components) if solve else set()
     with torch.no_grad():
         for name, parameter in current.items():
-            parameter.copy_(stored[name])
-    accelerator.load_state(str(folder))
-    return progress["step"]
+            if parameter not in cores:
+                parameter.copy_(stored[name])
 
 
 def skip_model_weights(accelerator: Accelerator) -> None:

@@ -13,16 +13,16 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training import previews
 from cersa_diffusion.training.base import load_base, sample_class_pictures
 from cersa_diffusion.training.callbacks import ProgressBar, TrainingCallback
 from cersa_diffusion.training.captions import Example, class_examples, read_examples
 from cersa_diffusion.training.checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, remove_leftovers
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.methods import load_result
+from cersa_diffusion.training.finish import add_extras, missing_extras, save_result
+from cersa_diffusion.training.interrupt import StopRequest
 from cersa_diffusion.training.optimizers import check_optimizer
 from cersa_diffusion.training.pictures import picture_paths
-from cersa_diffusion.training.publish import Publication, write_model_card
+from cersa_diffusion.training.publish import Publication
 from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.run import DreamBoothRun
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings, write_settings
@@ -42,7 +42,7 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         ConfigError: a path, a picture folder or a setting that cannot be used.
         CersaError: a checkpoint that cannot be resumed on this machine, or cannot be written.
         NonFiniteError: the loss became NaN or infinite.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint or, when all steps were done, the result was written.
         TrainingStopped: a callback asked for it, after a checkpoint was written.
     """
     callbacks = [ProgressBar(config)] if callbacks is None else callbacks
@@ -56,21 +56,42 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
         # The last layer of SDXL's first text encoder feeds nothing; without this, processes would wait for its gradients.
-        # Buffers are frozen bases, the same everywhere. While one process draws class pictures the others wait longer than usual.
+        # Buffers are frozen bases, which `share_bases` has sent once. While one process draws class pictures the others wait
+        # longer than usual.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=len(config.family.text_encoders) > 1),
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
         ],
     )
-    checkpoint = _check_output(config, output_dir, config.total_steps(len(instance), accelerator.num_processes))
+    total_steps = config.total_steps(len(instance), accelerator.num_processes)
+    checkpoint = _check_output(config, output_dir, total_steps)
     publication = Publication.begin(config) if config.push_to_hub and accelerator.is_main_process else None
+    result = _finished_result(config, output_dir, total_steps)
+    if result is None:
+        result = _train(config, accelerator, output_dir, checkpoint, callbacks)
+    elif config.report_to:
+        accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
+    if accelerator.is_main_process:
+        add_extras(config, result, accelerator, publication, callbacks)
+    accelerator.end_training()
+    return result if accelerator.is_main_process else None
+
+
+def _train(
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+    output_dir: Path,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainingCallback],
+) -> TrainResult | None:
+    """Trains and writes the result, which the main process returns."""
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
     base.to(accelerator.device)
     classes = _class_pictures(config, base, accelerator)
 
-    run = DreamBoothRun(config, base, accelerator, instance, classes)
+    run = DreamBoothRun(config, base, accelerator, read_examples(config), classes)
     if accelerator.is_main_process:
         check_disk_space(run, output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -80,44 +101,26 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         (output_dir / RESULT_FILE).unlink(missing_ok=True)
     if config.report_to:
         accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
-    run.fit(output_dir, checkpoint, callbacks)
-    accelerator.wait_for_everyone()
-    result = _finish(run, output_dir, publication, callbacks) if accelerator.is_main_process else None
-    accelerator.end_training()
+    result = None
+    # Whoever asks for the end after the last step gets it when the result is on the disk.
+    with StopRequest() as stop:
+        run.fit(output_dir, checkpoint, callbacks, stop)
+        if accelerator.is_main_process:
+            result = save_result(run, output_dir)
+        accelerator.wait_for_everyone()
+    run.put_away()
+    if stop.requested:
+        missing = ", ".join(missing_extras(config, output_dir)) or "nothing"
+        raise KeyboardInterrupt(f"all steps are done, the result is in {output_dir}; missing: {missing}")
     return result
 
 
-def _finish(
-    run: DreamBoothRun, output_dir: Path, publication: Publication | None, callbacks: Sequence[TrainingCallback]
-) -> TrainResult:
-    """Saves the result, draws with it, writes its card and uploads it."""
-    config, accelerator = run.config, run.accelerator
-    result = run.save(output_dir)
-    pictures = []
-    if config.validation_prompt:
-        # By the saved result in a fresh pipeline: what the pictures show is what the file gives.
-        run.put_away()
-        opened = load_result(
-            result.method,
-            Path(result.weights_path),
-            config.pretrained_model_name_or_path,
-            dtype=run.compute_dtype,
-            revision=config.revision,
-            variant=config.variant,
-        )
-        opened.vae.to(torch.float32)
-        pictures = previews.draw(opened.to(accelerator.device), config)
-        previews.save(pictures, output_dir / "validation")
-        previews.log_previews(accelerator, pictures, result.steps, config.validation_prompt)
-    write_model_card(config, result, pictures)
-    result.write()
-    if publication is not None:
-        publication.upload(result)
-    for callback in callbacks:
-        if pictures:
-            callback.on_preview(result.steps, pictures)
-        callback.on_end(result)
-    return result
+def _finished_result(config: DreamBoothConfig, output_dir: Path, total_steps: int) -> TrainResult | None:
+    """The result of a run that lacks nothing but its pictures, card or upload."""
+    if config.resume_from_checkpoint is None or not (output_dir / RESULT_FILE).is_file():
+        return None
+    result = TrainResult.read(output_dir)
+    return result if result.steps == total_steps else None
 
 
 def _check_trackers(config: DreamBoothConfig) -> None:
@@ -140,21 +143,28 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
             )
         return None
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    settings = (checkpoint.parent if checkpoint else output_dir) / SETTINGS_FILE
+    if settings.is_file():
+        changed = config.same_run(read_settings(settings, type(config)))
+        if changed:
+            raise ConfigError(
+                f"resume_from_checkpoint: {settings.parent} was started with other settings of {', '.join(changed)}"
+            )
+    finished = _finished_result(config, output_dir, total_steps)
+    if finished is not None:
+        if missing_extras(config, output_dir):
+            return None
+        raise ConfigError(
+            f"resume_from_checkpoint: {output_dir} is finished after {finished.steps} steps: raise max_train_steps (or "
+            "num_train_epochs) to train longer"
+        )
     if checkpoint is None and (output_dir / RESULT_FILE).exists():
         raise ConfigError(f"resume_from_checkpoint: {output_dir} is finished and has no checkpoint to go on from")
-    # A run that was killed between its last checkpoint and its result only has the result to write.
-    finished = (output_dir / RESULT_FILE).exists() or (checkpoint and checkpoint_step(checkpoint) > total_steps)
-    if checkpoint and finished and checkpoint_step(checkpoint) >= total_steps:
+    if checkpoint and checkpoint_step(checkpoint) > total_steps:
         raise ConfigError(
             f"resume_from_checkpoint: {checkpoint} has done {checkpoint_step(checkpoint)} steps of {total_steps}: raise "
             "max_train_steps (or num_train_epochs) to train longer"
         )
-    if checkpoint and (checkpoint.parent / SETTINGS_FILE).is_file():
-        changed = config.same_run(read_settings(checkpoint.parent / SETTINGS_FILE, type(config)))
-        if changed:
-            raise ConfigError(
-                f"resume_from_checkpoint: {checkpoint.parent} was started with other settings of {', '.join(changed)}"
-            )
     return checkpoint
 
 

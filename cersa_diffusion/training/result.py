@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import atomic_write
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.truncation import TruncationCost
@@ -49,10 +51,26 @@ class TrainResult:
 
     def write(self) -> None:
         """Writes the result beside the weights; its presence says that the run is finished."""
-        path = Path(self.output_dir) / RESULT_FILE
-        temporary = path.with_name(f".{RESULT_FILE}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(path)
+        with atomic_write(Path(self.output_dir) / RESULT_FILE) as path:
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, output_dir: Path) -> "TrainResult":
+        """The result of a finished run.
+
+        Args:
+            output_dir: folder of the run.
+
+        Raises:
+            ConfigError: the run has no result, or it cannot be read.
+        """
+        path = output_dir / RESULT_FILE
+        try:
+            values = json.loads(path.read_text())
+            truncation = values.pop("truncation")
+            return cls(**values, truncation=truncation and TruncationCost(**truncation))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}: not the result of a run that can be read ({error})") from error
 
     def snippet(self, config: DreamBoothConfig, path: str | None = None) -> str:
         """Lines of Python that draw with the result.

@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,16 +17,19 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cersa_diffusion.errors import NonFiniteError
+from cersa_diffusion.errors import CersaError, NonFiniteError
+from cersa_diffusion.files import staged_folder
 from cersa_diffusion.inject import trainable_parameters
+from cersa_diffusion.processes import any_process, share_bases
 from cersa_diffusion.tokens import pipeline_tokens
 from cersa_diffusion.training import previews
 from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped
 from cersa_diffusion.training.captions import Example, caption_summary
-from cersa_diffusion.training.checkpoints import load_checkpoint, save_checkpoint, skip_model_weights
+from cersa_diffusion.training.checkpoints import TrainingState, load_checkpoint, skip_model_weights
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.data import DreamBoothDataset, collate
 from cersa_diffusion.training.interrupt import StopRequest
+from cersa_diffusion.training.keeping import CheckpointKeeper
 from cersa_diffusion.training.latent_cache import LatentCache, cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
 from cersa_diffusion.training.memory_report import memory_table, peak_memory, planned_memory
@@ -98,6 +102,7 @@ class DreamBoothRun:
         self.method.plan(self.components, self.compute_dtype)
         lines = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
         self._set_precision()
+        share_bases(self.components)
         self.truncation = None
         if probed:
             self.truncation = TruncationCost.of(self.method.reports, base_loss, self._probe())
@@ -143,46 +148,71 @@ class DreamBoothRun:
             for name, model in self.components.items():
                 model.enable_gradient_checkpointing() if name == "unet" else model.gradient_checkpointing_enable()
 
-    def fit(self, output_dir: Path, checkpoint: Path | None = None, callbacks: Sequence[TrainingCallback] = ()) -> None:
-        """Trains to the last step, from a checkpoint if one is given.
+    def fit(
+        self,
+        output_dir: Path,
+        checkpoint: Path | None = None,
+        callbacks: Sequence[TrainingCallback] = (),
+        stop: StopRequest | None = None,
+    ) -> None:
+        """Trains to the last step, from a checkpoint if one is given, and writes a checkpoint of the last step.
 
         Args:
             output_dir: folder of the run.
             checkpoint: to go on from.
             callbacks: are told, on the main process, what happens.
+            stop: is asked after every step whether to end; None: nobody asks.
 
         Raises:
-            NonFiniteError: the loss became NaN or infinite.
+            NonFiniteError: loss, gradient or weights became NaN or infinite; the last state before that is in a checkpoint.
+            CersaError: the checkpoint to stop with cannot be written anywhere.
             KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
             TrainingStopped: a callback asked for it, when the checkpoint is written.
         """
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
         self._prepare_for_accelerate()
-        step = load_checkpoint(self.accelerator, self.components, checkpoint) if checkpoint else 0
+        state = TrainingState(self.accelerator, self.components, self.optimizer, self.average)
+        self.keeper = CheckpointKeeper(self.config, state, output_dir, self.callbacks)
+        step = first = load_checkpoint(state, checkpoint) if checkpoint else 0
         if self.average is not None:
             # accelerate loads what is registered onto the CPU.
             self.average.to(self.accelerator.device)
         self._announce(step)
         if step == 0:
             self._preview(output_dir, step)
-        first, start = step, time.perf_counter()
-        with StopRequest() as stop:
+        start = time.perf_counter()
+        try:
             for loss in self._steps(step):
                 step += 1
-                self.losses.append(self._checked(loss, step))
+                self.losses.append(loss)
                 self.seconds += time.perf_counter() - start
                 self._tell(step, (step - first) / self.seconds)
-                asked = any(callback.should_stop() for callback in self.callbacks)
-                stopping = step < self.total_steps and self._agreed(stop.requested or asked)
-                if stopping or step % self.config.checkpointing_steps == 0:
-                    self._checkpoint(output_dir, step)
-                if stopping:
-                    ending = TrainingStopped if self._agreed(asked) else KeyboardInterrupt
-                    raise ending(f"stopped after step {step}; checkpoint-{step} is in {output_dir}")
-                if step < self.total_steps and step % self.config.validation_steps == 0:
-                    self._preview(output_dir, step)
+                self._after_step(output_dir, step, stop)
                 # Previews and checkpoints are not the time of the steps.
                 start = time.perf_counter()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{self.keeper.keep_good(step, step > first)}") from error
+
+    def _after_step(self, output_dir: Path, step: int, stop: StopRequest | None) -> None:
+        """Ends the run where that was asked for; writes checkpoints and previews where they are due."""
+        last = step == self.total_steps
+        asked = any(callback.should_stop() for callback in self.callbacks)
+        if not last and self._agreed(asked or (stop is not None and stop.requested)):
+            ending = TrainingStopped if self._agreed(asked) else KeyboardInterrupt
+            folder = self.keeper.keep_last(step)
+            raise ending(f"stopped after step {step}; {folder.name} is in {folder.parent}")
+        if last:
+            try:
+                self.keeper.keep_last(step)
+            except NonFiniteError:
+                raise
+            except CersaError as error:
+                # The result is smaller: there may be room for it.
+                warnings.warn(f"{error}; the result is written all the same", stacklevel=2)
+        elif step % self.config.checkpointing_steps == 0:
+            self.keeper.keep(step)
+        if not last and step % self.config.validation_steps == 0:
+            self._preview(output_dir, step)
 
     def put_away(self) -> None:
         """Gives the device's memory back when all is saved: models go to the CPU, optimizer and average are dropped."""
@@ -213,25 +243,27 @@ class DreamBoothRun:
         for model in models:
             model.train()
 
-    def _steps(self, step: int):
+    def _steps(self, step: int) -> Iterator[float]:
         """Does the steps from this one on; yields the loss of each, a mean over its batches and the processes."""
-        accelerator, models, parts = self.accelerator, list(self.prepared.values()), []
+        accelerator, models, losses = self.accelerator, list(self.prepared.values()), []
         batches = accelerator.prepare(self._batches(step, self.total_steps))
         for batch in batches:
             with accelerator.accumulate(*models):
                 loss = self.loss(batch, self.prepared)
-                parts.append(loss.detach())
+                losses.append(loss.detach())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.trained(), self.config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.trained(), self.config.max_grad_norm)
+                    step, mean = step + 1, accelerator.reduce(torch.stack(losses).mean(), "mean")
+                    value = self._checked(mean, norm, step)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
             if accelerator.sync_gradients:
                 if self.average is not None:
                     self.average.step(self.trained())
-                yield accelerator.reduce(torch.stack(parts).mean(), "mean")
-                parts = []
+                yield value
+                losses = []
 
     def _batches(self, first_step: int, last_step: int) -> DataLoader:
         dataset = DreamBoothDataset(
@@ -284,15 +316,13 @@ class DreamBoothRun:
         for callback in self.callbacks:
             callback.on_step(progress)
 
-    def _checkpoint(self, output_dir: Path, step: int) -> None:
-        folder = save_checkpoint(self.accelerator, self.components, output_dir, step, self.config.checkpoints_total_limit)
-        for callback in self.callbacks:
-            callback.on_checkpoint(step, folder)
-
     def _preview(self, output_dir: Path, step: int) -> None:
         if self.config.validation_prompt and self.accelerator.is_main_process:
             pictures = previews.preview(self.base, self.config, self.accelerator, self.trained(), self.average)
-            previews.save(pictures, output_dir / previews.FOLDER / f"step-{step:06d}")
+            try:
+                previews.save(pictures, output_dir / previews.FOLDER / f"step-{step:06d}")
+            except OSError as error:
+                warnings.warn(f"the previews of step {step} cannot be written ({error}); the run goes on", stacklevel=2)
             previews.log_previews(self.accelerator, pictures, step, self.config.validation_prompt)
             for callback in self.callbacks:
                 callback.on_preview(step, pictures)
@@ -300,18 +330,30 @@ class DreamBoothRun:
 
     def _agreed(self, asked: bool) -> bool:
         """Whether any process asks: all must stop at the same step, or the others wait for it for ever."""
-        if self.accelerator.num_processes == 1:
-            return asked
-        return self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)).item() > 0
+        return any_process(asked, self.accelerator.device)
 
-    def _checked(self, loss: Tensor, step: int) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss became {value} at step {step}: lower learning_rate ({self.config.learning_rate})")
+    def _checked(self, loss: Tensor, norm: Tensor | None, step: int) -> float:
+        """The loss of a step as a number, before the optimizer uses its gradient."""
+        # With a loss scaler an infinite gradient is nothing unusual: it skips such steps itself.
+        known = norm if norm is not None and self.accelerator.scaler is None else loss
+        value, gradient = torch.stack([loss, known.detach().to(loss)]).tolist()
+        for name, number in (("loss", value), ("gradient", gradient)):
+            if not math.isfinite(number):
+                raise NonFiniteError(
+                    f"the {name} became {number} at step {step}: lower learning_rate ({self.config.learning_rate})"
+                )
         return value
 
     def save(self, output_dir: Path) -> TrainResult:
-        """Writes the result of the method, of the moving average if there is one, and says what it took."""
+        """Writes the result of the method, of the moving average if there is one, and says what it took.
+
+        Args:
+            output_dir: folder of the run.
+
+        Raises:
+            NonFiniteError: a trained weight holds NaN or infinity; nothing is written.
+            OSError: the disk is full; nothing is left half-written.
+        """
         config = self.config
         if self.average is not None:
             self.average.copy_to(self.trained())
@@ -323,7 +365,8 @@ class DreamBoothRun:
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
             "python": platform.python_version(),
         }
-        weights_path = self.method.save(self.components, output_dir, facts)
+        with staged_folder(output_dir) as staging:
+            weights_path = output_dir / self.method.save(self.components, staging, facts).relative_to(staging)
         trained = self.trained()
         held = {id(t): t for model in self.components.values() for t in (*model.parameters(), *model.buffers())}
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

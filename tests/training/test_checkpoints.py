@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
-from cersa_diffusion.training.checkpoints import damage, list_checkpoints, save_checkpoint
+from cersa_diffusion.training.checkpoints import TrainingState, damage, list_checkpoints, save_checkpoint
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_latest_skips_a_damaged_one_with_a_warning_and_ends_in_the_same_weights(
 def test_the_limit_counts_good_checkpoints_only(finished):
     output, accelerator = Path(finished.output_dir), Accelerator()
     spoil(output / "checkpoint-6", "cut short")
-    save_checkpoint(accelerator, {}, output, 8, limit=2)
+    save_checkpoint(TrainingState(accelerator, {}), output, 8, limit=2)
     assert [step for step, folder in list_checkpoints(output) if damage(folder) is None] == [4, 8]
 
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(finished):
     # A file where the folder must go: as good as a disk that takes nothing more, and works as root too.
     (output / ".checkpoint-8.tmp").write_text("in the way")
     with pytest.raises(CersaError, match=r"checkpoint-8: cannot be written .*earlier checkpoints are untouched"):
-        save_checkpoint(Accelerator(), {}, output, 8, limit=1)
+        save_checkpoint(TrainingState(Accelerator(), {}), output, 8, limit=1)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

@@ -1,6 +1,5 @@
 """The trainer on the embedded base, from Python: what it saves, resumes and leaves alone."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from cersa_diffusion import CersaError, CersaLinear, ConfigError
+from cersa_diffusion import CersaLinear, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.callbacks import TrainingCallback, TrainingStopped
@@ -180,16 +179,6 @@ def test_a_run_that_goes_on_is_unfinished_until_its_end(settings):
         train_dreambooth(DreamBoothConfig(**longer), [Stop()])
     assert not result.exists()
     assert train_dreambooth(DreamBoothConfig(**longer)).steps == 4 and result.exists()
-
-
-def test_a_checkpoint_in_other_coordinates_is_refused(settings):
-    settings |= {"max_train_steps": 2, "checkpointing_steps": 1}
-    train_dreambooth(DreamBoothConfig(**settings))
-    _, folder = list_checkpoints(Path(settings["output_dir"]))[-1]
-    progress = json.loads((folder / "progress.json").read_text())
-    (folder / "progress.json").write_text(json.dumps(progress | {"bases": "0" * 64}))
-    with pytest.raises(CersaError, match="singular vectors came out differently"):
-        train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 3}, resume_from_checkpoint="latest"))
 
 
 def test_prior_preservation_fills_the_class_folder_and_reuses_it(settings, tmp_path):
