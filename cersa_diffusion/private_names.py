@@ -60,7 +60,7 @@ CONVERSION_MAPPING = PrivateName(
 PREFIX_CHANGE = PrivateName("transformers.core_model_loading", "PrefixChange", CONVERSION_MAPPING.purpose)
 WEIGHT_RENAMING = PrivateName("transformers.core_model_loading", "WeightRenaming", CONVERSION_MAPPING.purpose)
 RENAME_SOURCE_KEY = PrivateName("transformers.core_model_loading", "rename_source_key", CONVERSION_MAPPING.purpose)
-LOAD_FROM_CHECKPOINT = PrivateName("transformers", "Trainer._load_from_checkpoint", "resuming a classifier's training (overridden)")
+LOAD_FROM_CHECKPOINT = PrivateName("transformers", "Trainer._load_from_checkpoint", "resuming a classifier (overridden)")
 LOAD_BEST_MODEL = PrivateName("transformers", "Trainer._load_best_model", "going back to the best checkpoint (overridden)")
 
 # diffusers.
@@ -77,11 +77,7 @@ CLIP_SCORE_UPDATE = PrivateName(
 PRIVATE_NAMES = tuple(value for value in tuple(globals().values()) if isinstance(value, PrivateName))
 
 # diffusers' models; transformers' models since 5.24, and before that, deprecated and gone in version 6.
-CHECKPOINTING_METHODS = (
-    "enable_gradient_checkpointing",
-    "activation_checkpointing_enable",
-    "gradient_checkpointing_enable",
-)
+CHECKPOINTING_METHODS = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
@@ -96,7 +92,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     method = next((name for name in CHECKPOINTING_METHODS if hasattr(model, name)), None)
     if method is None:
         raise ConfigError(
-            f"a {type(model).__name__} has no gradient checkpointing, expected one of the methods {', '.join(CHECKPOINTING_METHODS)}: "
-            "train without gradient_checkpointing"
+            f"a {type(model).__name__} has no gradient checkpointing, expected a method "
+            f"{' or '.join(CHECKPOINTING_METHODS)}: train without gradient_checkpointing"
         )
     getattr(model, method)()

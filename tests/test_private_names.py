@@ -8,7 +8,6 @@ from inspect import signature
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
@@ -71,7 +70,9 @@ def test_an_offloaded_module_holds_its_hook():
 def test_processes_can_be_told_not_to_exchange_buffers():
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     assert handler.to_kwargs() == {"broadcast_buffers": False}, took_away("accelerate", "broadcast_buffers")
-    assert "broadcast_buffers" in signature(nn.parallel.DistributedDataParallel).parameters, took_away("torch", "DistributedDataParallel(broadcast_buffers=)")
+    assert "broadcast_buffers" in signature(nn.parallel.DistributedDataParallel).parameters, took_away(
+        "torch", "DistributedDataParallel(broadcast_buffers=)"
+    )
 
 
 def test_gradient_checkpointing_is_switched_on_in_models_of_both_libraries(recwarn):
