@@ -24,11 +24,16 @@ from cersa_diffusion.fusing import fuse, unfuse
 from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
 from cersa_diffusion.linear import CersaLinear
 from cersa_diffusion.planner import MemoryPlan, choose_ranks, plan_memory
+from cersa_diffusion.versions import check_versions
 
 # The core works without diffusers: other torch models, smaller installations.
 if find_spec("diffusers"):
-    from diffusers import DiffusionPipeline, ModelMixin
-    from transformers import PreTrainedModel
+    try:
+        from diffusers import DiffusionPipeline, ModelMixin
+        from transformers import PreTrainedModel
+    except (ImportError, RuntimeError):
+        check_versions()  # names the pair of packages that is known to end like this, if it is one
+        raise
 
     from cersa_diffusion.interop.lora import LoraExport, export_lora  # noqa: F401 (without diffusers there is none)
     from cersa_diffusion.pipelines import attach

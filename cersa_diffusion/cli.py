@@ -10,6 +10,7 @@ import torch
 from cersa_diffusion.cache import CACHE_PARTS, TensorCache
 from cersa_diffusion.cli_adapters import add_adapter_commands
 from cersa_diffusion.cli_analyse import add_analyse
+from cersa_diffusion.cli_doctor import add_doctor
 from cersa_diffusion.compress import compress
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import CersaError
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_compress(commands)
     add_adapter_commands(commands)
     add_analyse(commands)
+    add_doctor(commands)
     cache = commands.add_parser("cache", help="the decomposition cache: where it is and how big, or empty it")
     cache.add_argument("action", choices=["info", "clear"])
     cache.set_defaults(run=_cache)

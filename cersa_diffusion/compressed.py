@@ -18,6 +18,7 @@ from cersa_diffusion.errors import AdapterFormatError, ConfigError
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.inject import replace_module
 from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.private_names import CONVERSION_MAPPING, PREFIX_CHANGE, RENAME_SOURCE_KEY, WEIGHT_RENAMING
 
 WEIGHTS_NAME = "cersa_model.safetensors"
 DESCRIPTION_NAME = "cersa_compression.json"
@@ -177,12 +178,9 @@ def _with_a_prefix(name: str, model: nn.Module, stored: Iterable[str]) -> str | 
 
 def _renamed(name: str, model: nn.Module) -> tuple[str, str]:
     """A name in files as transformers has it in the model, and a name in the model as it has it in files."""
-    # Imported here: a model of diffusers alone needs no transformers.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
-
-    changes = [own for own in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(own, PrefixChange)]
-    renamings = [own for own in changes if isinstance(own, WeightRenaming)]
+    rename_source_key, prefix_change, weight_renaming = RENAME_SOURCE_KEY.get(), PREFIX_CHANGE.get(), WEIGHT_RENAMING.get()
+    changes = [own for own in CONVERSION_MAPPING.get()(model, add_legacy=False) if not isinstance(own, prefix_change)]
+    renamings = [own for own in changes if isinstance(own, weight_renaming)]
     back = [own.reverse_transform() for own in reversed(renamings)]
     return rename_source_key(name, renamings, [])[0], rename_source_key(name, back, [], reverse=True)[0]
 

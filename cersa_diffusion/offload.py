@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from cersa_diffusion.private_names import REAPPLY_GROUP_OFFLOADING
+
 
 @contextmanager
 def without_offloading(pipeline) -> Iterator[None]:
@@ -24,7 +26,8 @@ def without_offloading(pipeline) -> Iterator[None]:
             method, device = enable_again
             method(device=device)
         for module in modules:
-            _reapply_group_offloading(module)
+            # diffusers has no public way to renew the groups; its own LoRA loader calls this after a change.
+            REAPPLY_GROUP_OFFLOADING.get()(module)
 
 
 def _offloading(pipeline, modules: list[nn.Module]):
@@ -46,10 +49,3 @@ def _offloading(pipeline, modules: list[nn.Module]):
                 hooks = (hook for part in module.modules() for hook in hooks_of(part))
                 return method, next(hook.execution_device for hook in hooks if hook.execution_device is not None)
     return None
-
-
-def _reapply_group_offloading(module: nn.Module) -> None:
-    # diffusers has no public way to renew the groups; its own LoRA loader calls this after a change.
-    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-
-    _maybe_remove_and_reapply_group_offloading(module)

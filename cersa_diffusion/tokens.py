@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cersa_diffusion.adapter import components_of
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.private_names import FAKE_TENSOR_MODE
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[
     finally:
         for handle in handles:
             handle.remove()
-    sources: dict[int, int] = {}
+    sources: dict[StorageWeakRef, int] = {}
     return {name: _layer_input(given, sources) for name, given in inputs.items()}
 
 
-def _layer_input(given: list[Tensor], sources: dict[int, int]) -> LayerInput:
+def _layer_input(given: list[Tensor], sources: dict[StorageWeakRef, int]) -> LayerInput:
     rows = sum(x.numel() // x.shape[-1] for x in given)
     if len(given) != 1:
         return LayerInput(rows)
     # By storage, so that reshaped views count as the same tensor.
-    storage = given[0].untyped_storage()._cdata
+    storage = StorageWeakRef(given[0].untyped_storage())
     return LayerInput(rows, sources.setdefault(storage, len(sources)))
 
 
@@ -92,7 +93,7 @@ def pipeline_tokens(pipeline, batch: int, resolution: int | None = None) -> dict
         raise ConfigError(f"resolution is {resolution}, expected a multiple of the VAE's {factor} pixels per latent")
 
     def forward() -> None:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FAKE_TENSOR_MODE.get()(allow_non_fake_inputs=True), torch.no_grad():
             side, device = resolution // factor, pipeline.device
             # As in the trainer: the prompt is encoded once and shared by all pictures.
             embeddings = family.encode(pipeline, [""], {})

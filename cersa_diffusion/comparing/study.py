@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,11 +14,6 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.methods import READ_BY
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.config_checks import check_names
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 BASE_ROW = "base"
 UNTRAINED = ("base", "truncated")

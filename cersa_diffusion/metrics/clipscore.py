@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip
+from cersa_diffusion.private_names import CLIP_SCORE_UPDATE
 
 try:
     # The public functions of torchmetrics return the mean of a batch, clamped as a mean; CLIPScore is clamped picture by picture.
-    from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+    clip_score_update = CLIP_SCORE_UPDATE.get()
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("scores need torchmetrics: pip install 'cersa-diffusion[score]'") from error
 
@@ -52,7 +53,7 @@ def clipscore_torchmetrics(
         # torchmetrics computes where the pictures are.
         pixels = [pil_to_tensor(picture).to(clip.device) for picture in pictures[start : start + batch_size]]
         with torch.inference_mode():
-            percent, _ = _clip_score_update(pixels, list(prompts[start : start + batch_size]), model, processor)
+            percent, _ = clip_score_update(pixels, list(prompts[start : start + batch_size]), model, processor)
         scores += (weight * (percent.float().cpu() / 100).clamp_min(0)).tolist()
     return scores
 

@@ -1,7 +1,6 @@
 """What the training of a method will keep in memory, beside LoRA and full fine-tuning of the same layers, before it begins."""
 
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,5 +98,12 @@ def peak_memory(device: torch.device) -> int:
     if sys.platform == "linux":
         # getrusage would also count what the process that started this one held at that moment.
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    if sys.platform == "win32":
+        # Imported here, as below: each is there for one kind of system.
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
 """The settings of a run as a TOML file: written beside every result, and read in place of a command line."""
 
-import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +11,6 @@ from cersa_diffusion.files import atomic_write
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.config_checks import check_names
 from cersa_diffusion.training.presets import PRESETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SETTINGS_FILE = "config.toml"
 

@@ -1,0 +1,17 @@
+"""The command `cersa doctor` among the others; `cersa_doctor.command` gets there without importing this package."""
+
+import argparse
+import sys
+
+from cersa_doctor.command import HELP, add_arguments, run
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    sys.exit(run(arguments))
+
+
+def add_doctor(commands) -> None:
+    """Adds the command to an argument parser's sub-parsers."""
+    doctor = commands.add_parser("doctor", help=HELP)
+    add_arguments(doctor)
+    doctor.set_defaults(run=_doctor)

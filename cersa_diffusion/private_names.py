@@ -1,0 +1,98 @@
+"""The private and short-lived names of other libraries that this package cannot do without, all in one place.
+
+A release may take such a name away without a word. Each is looked up when it is used, so that importing this package imports
+none of these libraries, and the error says which version of which library no longer has it. `tests/test_private_names.py`
+looks all of them up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import nn
+
+from cersa_diffusion.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name of another library that its release notes need not mention.
+
+    Args:
+        module: where it is imported from.
+        name: its name there; a method has its class before it.
+        purpose: what this package does with it.
+    """
+
+    module: str
+    name: str
+    purpose: str
+
+    def get(self) -> Callable:
+        """The function or class itself.
+
+        Raises:
+            ConfigError: the installed version of the library does not have it.
+            ModuleNotFoundError: the library is not installed.
+        """
+        library = self.module.partition(".")[0]
+        version = import_module(library).__version__
+        try:
+            value = import_module(self.module)
+            for attribute in self.name.split("."):
+                value = getattr(value, attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{library} {version} has no {self.module}.{self.name}, which cersa_diffusion needs for {self.purpose}: "
+                f"install a version of {library} that docs/compatibility.md names, or a newer cersa-diffusion"
+            ) from error
+        return value
+
+
+# PyTorch.
+FAKE_TENSOR_MODE = PrivateName("torch._subclasses.fake_tensor", "FakeTensorMode", "counting the tokens of a step without memory")
+MODULE_APPLY = PrivateName("torch.nn", "Module._apply", "keeping cores in float32 when a model is cast (overridden)")
+
+# transformers.
+CONVERSION_MAPPING = PrivateName(
+    "transformers.conversion_mapping", "get_model_conversion_mapping", "finding a layer in a checkpoint that names it differently"
+)
+PREFIX_CHANGE = PrivateName("transformers.core_model_loading", "PrefixChange", CONVERSION_MAPPING.purpose)
+WEIGHT_RENAMING = PrivateName("transformers.core_model_loading", "WeightRenaming", CONVERSION_MAPPING.purpose)
+RENAME_SOURCE_KEY = PrivateName("transformers.core_model_loading", "rename_source_key", CONVERSION_MAPPING.purpose)
+LOAD_FROM_CHECKPOINT = PrivateName("transformers", "Trainer._load_from_checkpoint", "resuming a classifier (overridden)")
+LOAD_BEST_MODEL = PrivateName("transformers", "Trainer._load_best_model", "going back to the best checkpoint (overridden)")
+
+# diffusers.
+COLLATE_LORA_METADATA = PrivateName("diffusers.training_utils", "_collate_lora_metadata", "the settings inside a LoRA file")
+REAPPLY_GROUP_OFFLOADING = PrivateName(
+    "diffusers.hooks.group_offloading", "_maybe_remove_and_reapply_group_offloading", "changing the layers of an offloaded model"
+)
+
+# torchmetrics.
+CLIP_SCORE_UPDATE = PrivateName(
+    "torchmetrics.functional.multimodal.clip_score", "_clip_score_update", "a CLIPScore for each picture of a batch"
+)
+
+PRIVATE_NAMES = tuple(value for value in tuple(globals().values()) if isinstance(value, PrivateName))
+
+# diffusers' models; transformers' models since 5.24, and before that, deprecated and gone in version 6.
+CHECKPOINTING_METHODS = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Makes a model compute its activations a second time in the backward pass, whatever its library calls that.
+
+    Args:
+        model: of diffusers or transformers.
+
+    Raises:
+        ConfigError: the model has none of the methods that switch it on.
+    """
+    method = next((name for name in CHECKPOINTING_METHODS if hasattr(model, name)), None)
+    if method is None:
+        raise ConfigError(
+            f"a {type(model).__name__} has no gradient checkpointing, expected a method "
+            f"{' or '.join(CHECKPOINTING_METHODS)}: train without gradient_checkpointing"
+        )
+    getattr(model, method)()

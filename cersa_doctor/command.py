@@ -1,0 +1,44 @@
+"""The `cersa` command's way in: the doctor is reached without what it examines."""
+
+import argparse
+import json
+import sys
+
+HELP = "say what is installed, what works here and what to do about the rest"
+
+
+def main() -> None:
+    """Entry point of the `cersa` command."""
+    if sys.argv[1:2] == ["doctor"]:
+        parser = argparse.ArgumentParser(prog="cersa doctor", description=HELP)
+        add_arguments(parser)
+        sys.exit(run(parser.parse_args(sys.argv[2:])))
+    # Imported here: it imports torch, transformers and diffusers, one of which may be broken.
+    from cersa_diffusion.cli import main as every_other_command
+
+    every_other_command()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `cersa doctor`."""
+    parser.add_argument("--json", action="store_true", help="the report for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examines and prints.
+
+    Returns:
+        The exit status: 1 when something will not work.
+    """
+    try:
+        from cersa_doctor.report import examine
+    except ImportError as error:
+        print(f"the doctor itself needs packaging ({error}): pip install packaging", file=sys.stderr)
+        return 1
+    report = examine()
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Installed versions against those that this package asks for, those it was tested with, and pairs that do not work together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+DISTRIBUTION = "cersa-diffusion"
+# What `make test` runs with: the versions of constraints.txt (tests/doctor compares the two).
+TESTED = {
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "diffusers": "0.42.1",
+    "gradio": "6.31.0",
+    "huggingface-hub": "2.4.0",
+    "open-clip-torch": "3.3.0",
+    "peft": "0.21.2",
+    "safetensors": "0.8.0",
+    "tokenizers": "0.23.3",
+    "torch": ">=2.14,<2.15",
+    "torchmetrics": "1.9.0",
+    "torchvision": ">=0.29,<0.30",
+    "transformers": "5.23.0",
+}
+# Extra of pyproject.toml -> what it is for.
+EXTRAS = {
+    "score": "scoring pictures, comparing methods, the demo",
+    "train": "data sets of the hub, logs of a training, classification",
+    "plot": "figures of plans and analyses",
+    "app": "the page in a browser",
+    "ray": "comparing methods on several machines",
+    "8bit": "the optimizer adamw8bit",
+    "prodigy": "the optimizer prodigy",
+    "base": "rebuilding the embedded models",
+    "test": "the test suite",
+    "browser": "the page's tests in a browser",
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that this one requires, by itself or for an extra.
+
+    Attributes:
+        name: as the registry spells it.
+        wanted: the versions that pyproject.toml admits.
+        installed: its version here; None when it is not installed.
+        extra: that asks for it; "" for the package itself.
+    """
+
+    name: str
+    wanted: SpecifierSet
+    installed: Version | None
+    extra: str
+
+    @property
+    def tested(self) -> str:
+        """The version of the tests, or ""."""
+        return TESTED.get(self.name, "")
+
+    @property
+    def fits(self) -> bool:
+        """Whether an admitted version is installed."""
+        return self.installed is not None and self.wanted.contains(self.installed, prereleases=True)
+
+
+@dataclass(frozen=True)
+class BadPair:
+    """Two packages that do not work together.
+
+    Attributes:
+        packages: with the versions that are installed.
+        symptom: what goes wrong.
+        remedy: a command.
+        stops_training: whether nothing can be trained with them.
+    """
+
+    packages: str
+    symptom: str
+    remedy: str
+    stops_training: bool
+
+    def __str__(self) -> str:
+        return f"{self.packages}: {self.symptom}; {self.remedy}"
+
+
+def installed_version(name: str) -> Version | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return Version(version(name))
+    except PackageNotFoundError:
+        return None
+
+
+def required_packages() -> list[Package]:
+    """What the metadata of this distribution asks for, sorted by extra and name.
+
+    Raises:
+        PackageNotFoundError: cersa-diffusion is not installed, and so has no metadata.
+    """
+    packages: dict[tuple[str, str], Package] = {}
+    for requirement in map(Requirement, requires(DISTRIBUTION) or []):
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *EXTRAS):
+            # An extra's requirements are those whose marker holds with it and not without it.
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            belongs = not extra or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}))
+            if applies and belongs and name != DISTRIBUTION:
+                packages[extra, name] = Package(name, requirement.specifier, installed_version(name), extra)
+    return [packages[key] for key in sorted(packages)]
+
+
+def bad_pairs() -> list[BadPair]:
+    """The installed pairs that are known not to work together."""
+    return [*_transformers_and_peft(), *_torch_and_torchvision()]
+
+
+def _transformers_and_peft() -> Iterator[BadPair]:
+    transformers, peft = installed_version("transformers"), installed_version("peft")
+    if transformers and peft and transformers >= Version("5.24") and peft < Version("0.22"):
+        yield BadPair(
+            f"transformers {transformers} with peft {peft}",
+            "transformers 5.24 and newer refuse peft below 0.22 in their own add_adapter and load_adapter, and so does "
+            "diffusers' load_lora_weights with a file that changes a text encoder",
+            "pip install 'transformers<5.24', or peft 0.22 once there is one",
+            stops_training=False,
+        )
+
+
+def _torch_and_torchvision() -> Iterator[BadPair]:
+    torch, torchvision = installed_version("torch"), installed_version("torchvision")
+    if not torch or not torchvision:
+        return
+    made_for = next((r.specifier for r in map(Requirement, requires("torchvision") or []) if r.name == "torch"), SpecifierSet())
+    if not made_for.contains(torch.public, prereleases=True):
+        remedy = "pip install --upgrade torch torchvision"
+    elif torch.local == "cpu" and torchvision.local != "cpu":
+        remedy = "install both from one place: the registry's torch and torchvision, or both from PyTorch's index of CPU builds"
+    else:
+        return
+    yield BadPair(
+        f"torch {torch} with torchvision {torchvision}",
+        "torchvision's operators do not load into a torch that it was not built for (operator torchvision::nms does not exist), "
+        "so transformers and diffusers cannot be imported",
+        remedy,
+        stops_training=True,
+    )
