@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from layers import ALPHA, LORA_RANK, decay_for
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from whole_model import MIB, forget_peak, used
 
@@ -84,7 +84,7 @@ def shaped_unet(row: str) -> UNet2DConditionModel:
     ).requires_grad_(False)
     names = [name for name, layer in unet.named_modules() if type(layer) is nn.Linear]
     if method == "lora":
-        unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names))
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names), unet)
     for name in names if method != "lora" else ():
         if method == "full":
             unet.get_submodule(name).weight.requires_grad_(True)

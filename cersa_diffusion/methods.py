@@ -15,6 +15,7 @@ from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.inject import InjectionReport, inject_cersa, match_targets
+from cersa_diffusion.lora_files import add_lora
 
 CERSA_METHODS = ("cersa", "svfit", "svft")
 LORA_METHODS = ("lora", "pissa", "dora")
@@ -188,7 +189,7 @@ class LoraAdaptation(Adaptation):
         # text encoder's names, which not all transformers versions have (peft takes them as endings).
         names = [name.removeprefix("text_model.") for name in layers]
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names, **self.settings))
+        add_lora(model, LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names, **self.settings))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return f"{len(layers)} layers with {self.label} of rank {self.rank}: {trained / 1e6:.2f} M trained"
 

@@ -19,10 +19,10 @@ from cersa_diffusion.compressed import DESCRIPTION_NAME, PIPELINE_INDEX, load_co
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import merge, name_matches
 from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora
 
 RESULT_DESCRIPTION = "cersa_classifier.json"
 PEFT_DESCRIPTION = "adapter_config.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 Source = str | os.PathLike | nn.Module
 
 
@@ -245,8 +245,9 @@ def _adapted(base: Source, tuned: Source) -> Source | Opened:
         return opened
     if (path / PEFT_DESCRIPTION).is_file():
         return _with_peft(base, path)
-    if (path / LORA_FILE).is_file() or path.name == LORA_FILE:
-        return _with_lora(base, path)
+    lora = path if path.name == LORA_FILE_NAME else path / LORA_FILE_NAME
+    if lora.is_file():
+        return _with_lora(base, lora)
     return tuned
 
 
@@ -269,7 +270,7 @@ def _with_lora(base: Source, adapter: Path) -> Opened:
     opened = _copy(base, adapter)
     if opened.pipeline is None:
         raise ConfigError(f"{adapter} is a LoRA of a pipeline, and {_title(base)} is none: give the folder of the pipeline")
-    opened.pipeline.load_lora_weights(str(adapter))
+    load_lora(opened.pipeline, adapter)
     adapted = [name for name, model in opened.components.items() if getattr(model, "peft_config", None)]
     opened.pipeline.fuse_lora(components=adapted)
     opened.pipeline.unload_lora_weights()

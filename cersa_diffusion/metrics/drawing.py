@@ -9,11 +9,10 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from cersa_diffusion.comparison import generate
-from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora
 from cersa_diffusion.metrics.embedding import scoring_device
 from cersa_diffusion.metrics.evaluation import Sample
 from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.methods import LORA_FILE_NAME
 
 
 def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str | torch.device | None = None) -> DiffusionPipeline:
@@ -34,10 +33,7 @@ def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str |
             pipeline.load_cersa_weights(adapter)
             continue
         loras.append(f"lora_{number}")
-        try:
-            pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=loras[-1])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"{lora}: diffusers cannot load this LoRA ({' '.join(str(error).split())[:200]})") from error
+        load_lora(pipeline, lora, loras[-1])
     if loras:
         # Loading one more LoRA takes the active ones out.
         pipeline.set_adapters(loras)

@@ -5,22 +5,19 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from torch import Tensor, nn
 
 from cersa_diffusion.adapter import save_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.inject import InjectionReport
+from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora, save_lora
 from cersa_diffusion.methods import LORA_FAMILY, Adaptation, CersaAdaptation, FullAdaptation, LoraAdaptation
 from cersa_diffusion.pipelines import load_cersa_weights
 from cersa_diffusion.planner import choose_ranks
 from cersa_diffusion.training.base import default_targets, load_base
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.optimizers import optimizer_name
-
-LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
-
 
 BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}"{options})'
 
@@ -135,29 +132,22 @@ class LoraMethod(Method):
         return LORA_FAMILY[self.config.method](self.targets(component), self.config.rank)
 
     def save(self, components: dict[str, nn.Module], output_dir: Path, facts: dict) -> Path:
-        # Keys in PEFT's own format and with its metadata: in diffusers' key format the loader silently drops every
-        # attention layer once LoRA also sits on other linear layers, and a lora_alpha other than the rank is lost.
-        layers = {f"{name}_lora_layers": self._weights(name, model) for name, model in components.items()}
-        self.config.family.pipeline_class.save_lora_weights(
-            output_dir, weight_name=LORA_FILE_NAME, **layers, **self._metadata(components)
-        )
-        return output_dir / LORA_FILE_NAME
+        path = output_dir / LORA_FILE_NAME
+        weights = {name: self._weights(name, model) for name, model in components.items()}
+        settings = {
+            name: model.peft_config["default"].to_dict() | self.adaptations[name].saved_settings()
+            for name, model in components.items()
+        }
+        save_lora(path, weights, settings)
+        return path
 
     def _weights(self, component: str, model: nn.Module) -> dict[str, Tensor]:
         return self.adaptations[component].weights(model)
 
-    def _metadata(self, components: dict[str, nn.Module]) -> dict[str, dict]:
-        metadata = _collate_lora_metadata(components)
-        # Its keys are those of the components with an ending.
-        return {
-            key: settings | self.adaptations[key.removesuffix("_lora_adapter_metadata")].saved_settings()
-            for key, settings in metadata.items()
-        }
-
     @classmethod
     def open(cls, weights_path: Path, base: str, **options) -> DiffusionPipeline:
         pipeline = load_base(base, **options)
-        pipeline.load_lora_weights(weights_path.parent, weight_name=weights_path.name)
+        load_lora(pipeline, weights_path)
         return pipeline
 
 
