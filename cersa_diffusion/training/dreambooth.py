@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cersa_diffusion.training.pictures import picture_paths
 from cersa_diffusion.training.publish import Publication, write_model_card
 from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.run_lock import run_lock
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings, write_settings
 
 
@@ -62,6 +64,15 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
         ],
     )
+    with run_lock(output_dir) if accelerator.is_main_process else nullcontext():
+        return _train(config, accelerator, instance, callbacks)
+
+
+def _train(
+    config: DreamBoothConfig, accelerator: Accelerator, instance: list[Example], callbacks: Sequence[TrainingCallback]
+) -> TrainResult | None:
+    """Trains while nobody else does in this folder."""
+    output_dir = Path(config.output_dir)
     checkpoint = _check_output(config, output_dir, config.total_steps(len(instance), accelerator.num_processes))
     publication = Publication.begin(config) if config.push_to_hub and accelerator.is_main_process else None
     if config.allow_tf32:
