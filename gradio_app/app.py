@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Python puts the folder of the script on its path; the package is one above.
 sys.path[0] = str(REPOSITORY)
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+AUTH_VARIABLE = "CERSA_APP_AUTH"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,15 +43,62 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that browsers call the page by, such as that of a reverse proxy; may be repeated",
+    )
+    parser.add_argument(
+        "--auth",
+        action="append",
+        default=[],
+        metavar="USER:PASSWORD",
+        help="ask for it; may be repeated; everybody on this machine can read it in the list of processes",
+    )
+    parser.add_argument(
+        "--auth-file",
+        type=Path,
+        help=f"file with a line USER:PASSWORD for each user; {AUTH_VARIABLE} in the environment holds such lines as well",
+    )
     parser.add_argument("--device", help="where pictures are drawn (default: cuda if there is one)")
     parser.add_argument("--max-pipelines", type=int, default=4, help="pipelines held in memory at most (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    for pair in arguments.auth:
-        user, _, password = pair.partition(":")
-        if not user or not password:
-            parser.error("--auth takes USER:PASSWORD, neither of them empty")
+    try:
+        arguments.auth = read_users(arguments.auth, arguments.auth_file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return arguments
+
+
+def read_users(pairs: list[str], file: Path | None) -> list[tuple[str, str]]:
+    """Users and passwords of the command line, of a file and of the environment.
+
+    Args:
+        pairs: USER:PASSWORD each.
+        file: with such lines.
+
+    Returns:
+        (user, password) pairs.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line that is not USER:PASSWORD, or a file without one.
+    """
+    sources = {"--auth": pairs, AUTH_VARIABLE: os.environ.get(AUTH_VARIABLE, "").splitlines()}
+    if file is not None:
+        sources[f"--auth-file {file}"] = file.read_text().splitlines()
+    users = []
+    for source, lines in sources.items():
+        for number, line in enumerate(lines, start=1):
+            user, _, password = line.strip().partition(":")
+            if not user or not password:
+                raise ValueError(f"{source}, line {number}: expected USER:PASSWORD, neither of them empty")
+            users.append((user, password))
+    if file is not None and not users:
+        raise ValueError(f"--auth-file {file}: expected lines USER:PASSWORD, found none")
+    return users
 
 
 def main() -> None:
@@ -65,6 +112,7 @@ def main() -> None:
 
     import torch
 
+    from gradio_app.hosts import LOCAL
     from gradio_app.page import build_page, serve
     from gradio_app.settings import AppSettings
     from gradio_app.state import App
@@ -81,12 +129,14 @@ def main() -> None:
         )
     )
     if arguments.host not in LOCAL and not arguments.auth:
-        logging.warning("everybody who reaches %s can use this page: add --auth USER:PASSWORD", arguments.host)
+        logging.warning("everybody who reaches %s can use this page: add --auth-file", arguments.host)
     print(f"open http://{arguments.host}:{arguments.port} (Ctrl-C to end)", flush=True)
-    auth = [(user, password) for user, _, password in (pair.partition(":") for pair in arguments.auth)]
     # As Ctrl-C: a training that runs writes a checkpoint first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve(build_page(app), app, host=arguments.host, port=arguments.port, auth=auth)
+    page = build_page(app)
+    serve(
+        page, app, host=arguments.host, port=arguments.port, auth=arguments.auth, allowed_hosts=arguments.allow_host
+    )  # fmt: skip
     app.jobs.close()
 
 

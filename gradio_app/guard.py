@@ -1,49 +1,175 @@
 """What the server refuses before Gradio sees it."""
 
+import json
+import re
+from collections.abc import Iterator
 from urllib.parse import unquote
 
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from cersa_diffusion.errors import ConfigError
+from gradio_app.drawing_places import DrawingPlaces
+from gradio_app.hosts import Hosts
+from gradio_app.private_folder import PrivateFolder
+from gradio_app.settings import Limits
+
+# All that the page and `gradio_client` ask for. Gradio has more: proxies, other hubs, its editor, its statistics.
+ROUTES = re.compile(
+    r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|login|logout)?/?"
+    r"|/(assets|static|svelte)/.+"
+    r"|/gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|cancel|reset|upload|upload_progress)/?"
+    r"|/gradio_api/queue/(join|data|status)/?"
+    r"|/gradio_api/(heartbeat|call|run|api)/.+"
+    r"|/gradio_api/file=.+",
+    re.DOTALL,
+)
+FILE_ROUTE, UPLOAD_ROUTE, LOGIN_ROUTE = "/gradio_api/file=", "/gradio_api/upload", "/login"
+
+
+class Refusal(Exception):
+    """Why a request is not let through.
+
+    Args:
+        status: of HTTP.
+        text: what the visitor is told.
+    """
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status, self.text = status, text
 
 
 class Guard:
-    """ASGI middleware: no fetching of other addresses for visitors, no requests beyond a size.
+    """ASGI middleware: lets through what the page needs, from where the page is, within its limits.
 
     Args:
         app: what comes behind.
-        most_bytes: of the body of a request.
+        hosts: the names of this server.
+        folder: where uploads lie.
+        places: for drawings.
+        limits: of one request.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int):
-        self.app, self.most_bytes = app, most_bytes
+    def __init__(self, app: ASGIApp, hosts: Hosts, folder: PrivateFolder, places: DrawingPlaces, limits: Limits):
+        self.app, self.hosts, self.folder, self.places, self.limits = app, hosts, folder, places, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await WebSocketClose(reason="there are no websockets here")(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await PlainTextResponse(refusal[1], status_code=refusal[0])(scope, receive, send)
-            return
-        received = 0
+        try:
+            self._check_head(scope)
+            if scope["method"] == "POST":
+                await self._post(scope, receive, send)
+            else:
+                await self.app(scope, _limited(receive, self.limits.json_bytes), send)
+        except Refusal as refusal:
+            # Gradio's page shows the detail of a refused event, and the whole text of a refused upload.
+            upload = _is_route(scope, UPLOAD_ROUTE)
+            answer = PlainTextResponse(refusal.text) if upload else JSONResponse({"detail": refusal.text})
+            answer.status_code = refusal.status
+            await answer(scope, receive, send)
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.most_bytes:
-                # A body that did not tell its length: as if the visitor had left.
-                return {"type": "http.disconnect"}
-            return message
+    def _check_head(self, scope: Scope) -> None:
+        reason = self.hosts.refusal(dict(scope["headers"]))
+        if reason is not None:
+            raise Refusal(403, reason)
+        path = scope["path"]
+        if not ROUTES.fullmatch(path):
+            raise Refusal(404, "there is no such thing here")
+        target = unquote(unquote(path.removeprefix(FILE_ROUTE)))
+        if path.startswith(FILE_ROUTE) and not self.folder.gives_out(target):
+            raise Refusal(403, "this server gives out its own downloads alone, and fetches nothing from elsewhere")
 
-        await self.app(scope, counted, send)
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        upload = _is_route(scope, UPLOAD_ROUTE)
+        most = self.limits.request_bytes if upload else self.limits.json_bytes
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if upload and not length.isdigit():
+            raise Refusal(411, "an upload has to say its length")
+        if length.isdigit() and int(length) > most:
+            raise Refusal(413, f"at most {most / 2**20:.0f} MiB in one request")
+        if upload:
+            await self._receive_upload(int(length), scope, _limited(receive, int(length)), send)
+        elif _is_route(scope, LOGIN_ROUTE):
+            await self.app(scope, _limited(receive, most), send)
+        else:
+            await self._queue_event(await _whole_body(receive, most), scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        path = unquote(unquote(scope["path"])).lower()
-        # Gradio would fetch an address that stands in the place of a file, or of a proxied app.
-        if "/proxy=" in path or "/file=http:" in path or "/file=https:" in path:
-            return 403, "this server fetches nothing from elsewhere"
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most_bytes:
-            return 413, f"at most {self.most_bytes / 2**20:.0f} MiB in one request"
-        return None
+    async def _receive_upload(self, size: int, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self.folder.room_for(size):
+                await self.app(scope, receive, send)
+        except ConfigError as error:
+            raise Refusal(507, str(error)) from error
+
+    async def _queue_event(self, content: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, "expected JSON") from error
+        if not isinstance(body, dict):
+            raise Refusal(400, "expected a JSON object")
+        if not all(self.folder.holds_upload(path) for path in _file_paths(body)):
+            raise Refusal(403, "a file of this request is not among the uploads, or not any more: upload it again")
+        try:
+            with self.places.entering(scope["path"], body):
+                await self.app(scope, _replayed(content, receive), send)
+        except ConfigError as error:
+            raise Refusal(429, str(error)) from error
+
+
+def _is_route(scope: Scope, route: str) -> bool:
+    return scope["path"].rstrip("/") == route
+
+
+def _file_paths(body: dict) -> Iterator[str]:
+    """The paths of all that Gradio takes for a file in a request: it would fetch an address that stands there."""
+    values: list = [body]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("path"), str):
+                yield value["path"]
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+
+
+async def _whole_body(receive: Receive, most_bytes: int) -> bytes:
+    content = b""
+    while True:
+        message = await receive()
+        content += message.get("body", b"")
+        if len(content) > most_bytes:
+            raise Refusal(413, f"at most {most_bytes / 2**20:.0f} MiB in one request")
+        if not message.get("more_body", False):
+            return content
+
+
+def _replayed(content: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read already, and then what else comes: that the visitor leaves."""
+    messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replayed() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+def _limited(receive: Receive, most_bytes: int) -> Receive:
+    """Ends a body that has more bytes than it said, as if the visitor had left."""
+    received = 0
+
+    async def limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if received > most_bytes else message
+
+    return limited

@@ -15,11 +15,14 @@ from PIL import Image
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.checkpoints import list_checkpoints
+from cersa_diffusion.training.result import RESULT_FILE
+from cersa_diffusion.training.run_lock import training_process
 from gradio_app.messages import Messages
 from gradio_app.worker import Ending, new_stop, run_training
 
-State = Literal["queued", "running", "finished", "stopped", "failed"]
-ENDED = ("finished", "stopped", "failed")
+# "elsewhere": ended here, and another process trains it now.
+State = Literal["queued", "running", "finished", "stopped", "failed", "elsewhere"]
+ENDED = ("finished", "stopped", "failed", "elsewhere")
 # Finished jobs are remembered by their runs; their curves and previews are not kept for ever.
 MOST_REMEMBERED = 20
 MOST_PREVIEWS = 12
@@ -62,6 +65,19 @@ class Job:
         """Whether it ended early and left a checkpoint."""
         return self.state in ("stopped", "failed") and bool(list_checkpoints(Path(self.config.output_dir)))
 
+    def seen(self) -> "Job":
+        """A copy, with what other processes have done to its run since it ended here."""
+        copy = replace(self, losses=list(self.losses), previews=list(self.previews))
+        if self.state not in ("stopped", "failed"):
+            return copy
+        folder = Path(self.config.output_dir)
+        process = training_process(folder)
+        if process is not None:
+            return replace(copy, state="elsewhere", step=_saved_step(folder), message=f"{process} trains it")
+        if (folder / RESULT_FILE).exists():
+            return replace(copy, state="finished", step=self.config.max_train_steps or self.step, message="trained elsewhere")
+        return copy
+
 
 class JobQueue:
     """Runs one training after the other, each in its own process; what becomes of one leaves the others alone.
@@ -94,9 +110,9 @@ class JobQueue:
         """
         with self.changes():
             for name, config in unfinished.items():
-                steps = list_checkpoints(Path(config.output_dir))[-1][0]
-                message = f"interrupted; its last checkpoint is of step {steps}"
-                self._jobs.setdefault(name, Job(name, config, "stopped", step=steps, message=message))
+                step = _saved_step(Path(config.output_dir))
+                message = f"interrupted; its last checkpoint is of step {step}"
+                self._jobs.setdefault(name, Job(name, config, "stopped", step=step, message=message))
 
     def check_room(self) -> None:
         """Refuses where too many wait already.
@@ -130,8 +146,11 @@ class JobQueue:
         """
         with self.changes():
             job = self.job(name)
-            if not job.resumable:
-                raise ConfigError(f"{name} is {job.state} and cannot be resumed: only what ended early with a checkpoint can")
+            seen = job.seen()
+            if seen.state == "elsewhere":
+                raise ConfigError(f"{name} cannot be resumed here: {seen.message}, wait for its end")
+            if not seen.resumable:
+                raise ConfigError(f"{name} is {seen.state} and cannot be resumed: only what ended early with a checkpoint can")
             self.check_room()
             job.config = replace(job.config, resume_from_checkpoint="latest")
             job.state, job.cancelled, job.message, job.stop = "queued", False, "", new_stop()
@@ -151,7 +170,7 @@ class JobQueue:
             if job.state == "queued":
                 self._waiting.remove(name)
                 job.state, job.message = "stopped", "cancelled before it began"
-                if not job.resumable:
+                if job.seen().state == "stopped" and not job.resumable:
                     shutil.rmtree(job.config.output_dir, ignore_errors=True)
 
     def job(self, name: str) -> Job:
@@ -169,10 +188,7 @@ class JobQueue:
         """Copies of all jobs with the place of those that wait (1 is next), the newest last."""
         with self._condition:
             places = {name: number for number, name in enumerate(self._waiting, start=1)}
-            return [
-                (replace(job, losses=list(job.losses), previews=list(job.previews)), places.get(job.name))
-                for job in self._jobs.values()
-            ]
+            return [(job.seen(), places.get(job.name)) for job in self._jobs.values()]
 
     def _enqueue(self, name: str) -> None:
         self._waiting.append(name)
@@ -232,6 +248,12 @@ class JobQueue:
     def _forget(self, ended: Iterable[Job]) -> None:
         for job in list(ended)[:-MOST_REMEMBERED]:
             del self._jobs[job.name]
+
+
+def _saved_step(folder: Path) -> int:
+    """The step of the last checkpoint of a run; 0: it has none."""
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1][0] if checkpoints else 0
 
 
 def new_name(method: str, taken: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from cersa_diffusion.training import DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.methods import LORA_FILE_NAME, METHODS, CersaMethod, LoraMethod
 from cersa_diffusion.training.result import RESULT_FILE
+from cersa_diffusion.training.run_lock import training_process
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings
 
 PIPELINE_FILE = "model_index.json"
@@ -114,10 +115,10 @@ class Library:
         return runs
 
     def unfinished(self) -> dict[str, DreamBoothConfig]:
-        """Name -> settings of the runs that have a checkpoint and no result: they can be resumed."""
+        """Name -> settings of the runs that have no result: with a checkpoint, to be resumed, or in training elsewhere."""
         found = {}
         for name, folder in self._folders(SETTINGS_FILE):
-            if (folder / RESULT_FILE).exists() or not list_checkpoints(folder):
+            if (folder / RESULT_FILE).exists() or not (list_checkpoints(folder) or training_process(folder)):
                 continue
             try:
                 found[name] = _read_config(folder)

@@ -2,7 +2,6 @@
 
 import functools
 import html
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,27 +40,44 @@ class Messages:
             text = text.replace(path, name)
         return text
 
-    def shown(self, function: Callable) -> Callable:
-        """A function, or a stream, whose errors appear as messages in the page."""
-        if inspect.isgeneratorfunction(function):
+    def streamed(self, function: Callable, others: int) -> Callable:
+        """A stream whose first output says what went wrong; the caller of an endpoint gets the error as well.
 
-            @functools.wraps(function)
-            def stream(*args, **kwargs):
-                try:
-                    yield from function(*args, **kwargs)
-                except Exception as error:
-                    raise self._as_message(error) from None
+        Args:
+            function: a generator function of tuples.
+            others: outputs beside the first; they stay as they are when it raises.
+        """
 
-            return stream
+        @functools.wraps(function)
+        def stream(*args, **kwargs):
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                yield self.note(error), *[gr.skip()] * others
+                raise self._as_message(error) from None
+
+        return stream
+
+    def noted(self, function: Callable, others: int) -> Callable:
+        """A function with one more output: a note about what went wrong, empty where nothing did.
+
+        Args:
+            function: returns a sequence of values.
+            others: number of its outputs; they stay as they are when it raises.
+        """
 
         @functools.wraps(function)
         def call(*args, **kwargs):
             try:
-                return function(*args, **kwargs)
+                return *function(*args, **kwargs), ""
             except Exception as error:
-                raise self._as_message(error) from None
+                return *[gr.skip()] * others, self.note(error)
 
         return call
+
+    def note(self, error: Exception) -> str:
+        """An error as HTML, to stand beside a button."""
+        return f'<p role="alert">{html.escape(self.text(error))}</p>'
 
     def _as_message(self, error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):

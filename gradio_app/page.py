@@ -1,11 +1,14 @@
 """The page as a whole: its tabs, its look, and how it is served."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
 from starlette.middleware import Middleware
 
+from gradio_app.drawing_places import DrawingPlaces
 from gradio_app.guard import Guard
+from gradio_app.hosts import Hosts
 from gradio_app.state import App
 from gradio_app.tabs.compare import CompareTab
 from gradio_app.tabs.inspect import InspectTab
@@ -19,8 +22,8 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
     block_info_text_color="*neutral_600",
     body_text_color_subdued="*neutral_600",
 )
-# Seconds: how often old uploads and downloads are looked for, and how old they become.
-CACHE_SECONDS = (3600, 24 * 3600)
+# Seconds between two looks for old uploads and downloads.
+CACHE_SECONDS = 600
 
 
 def build_page(app: App) -> gr.Blocks:
@@ -29,7 +32,12 @@ def build_page(app: App) -> gr.Blocks:
     Args:
         app: what is behind it.
     """
-    with gr.Blocks(title="CERSA", analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True) as page:
+    with gr.Blocks(
+        title="CERSA",
+        analytics_enabled=False,
+        delete_cache=(CACHE_SECONDS, int(app.settings.limits.kept_seconds)),
+        fill_width=True,
+    ) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tabs():
             with gr.Tab("Compare", id="compare"):
@@ -48,11 +56,28 @@ def build_page(app: App) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-        page.load(compare.from_address, compare.uploaded, compare.shared(), show_progress="hidden", api_visibility="private")
+        # Outside the queue: the page opens, whatever visitors have asked for.
+        page.load(
+            compare.from_address,
+            compare.uploaded,
+            [*compare.shared(), compare.status],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
     return page
 
 
-def serve(page: gr.Blocks, app: App, *, host: str, port: int | None, auth: list[tuple[str, str]], block: bool = True):
+def serve(
+    page: gr.Blocks,
+    app: App,
+    *,
+    host: str,
+    port: int | None,
+    auth: list[tuple[str, str]],
+    allowed_hosts: Sequence[str] = (),
+    block: bool = True,
+):
     """Starts the server.
 
     Args:
@@ -61,13 +86,18 @@ def serve(page: gr.Blocks, app: App, *, host: str, port: int | None, auth: list[
         host: address to listen on.
         port: its port; None: a free one.
         auth: (user, password) pairs; empty: everybody who reaches the address.
+        allowed_hosts: further names that the page is called by, such as that of a reverse proxy.
         block: wait until the server ends.
 
     Returns:
         The application, its local address and its public one, as Gradio's `launch` does.
     """
     limits = app.settings.limits
-    return page.queue(default_concurrency_limit=2, max_size=64).launch(
+    guard = Middleware(
+        Guard, hosts=Hosts(host, allowed_hosts), folder=app.folder, places=DrawingPlaces(page, limits), limits=limits
+    )
+    # Drawings have a bound of their own below that of the queue, and nothing goes past the queue.
+    return page.queue(default_concurrency_limit=2, max_size=3 * limits.drawings, api_open=False).launch(
         server_name=host,
         server_port=port,
         auth=auth or None,
@@ -78,7 +108,10 @@ def serve(page: gr.Blocks, app: App, *, host: str, port: int | None, auth: list[
         allowed_paths=[],
         blocked_paths=[str(path) for path in (*app.settings.models_dirs, *app.settings.runs_dirs)],
         max_file_size=limits.adapter_bytes,
-        app_kwargs={"middleware": [Middleware(Guard, most_bytes=limits.request_bytes)]},
+        app_kwargs={"middleware": [guard]},
+        # Neither calls of the hub with the operator's token, nor statistics of all visitors for everybody.
+        run_history=False,
+        enable_monitoring=False,
         show_error=False,
         share=False,
         ssr_mode=False,

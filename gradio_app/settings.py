@@ -13,13 +13,20 @@ class Limits:
         picture_bytes: of one uploaded picture.
         picture_pixels: of one uploaded picture, before anything of it is decoded.
         adapter_bytes: of one uploaded adapter.
-        request_bytes: of one request, all its files together.
+        request_bytes: of one upload, all its files together.
+        json_bytes: of one request without files.
+        visitor_bytes: of the adapters of one visitor.
+        private_bytes: of all uploads and downloads together.
+        free_bytes: stay free on a disk that uploads are written to.
+        kept_seconds: uploads and downloads are removed when they are older; adapters stay as long as their visitors.
         columns: of a comparison.
         prompts, seeds: of a comparison; their product is its rows.
         drawn: pictures of one comparison.
         characters: of a prompt.
         train_steps: of one training.
         queued_jobs: trainings that wait.
+        drawings_per_visitor: drawings of one visitor, the one that runs and those that wait.
+        drawings: of all visitors, likewise.
     """
 
     fewest_pictures: int = 3
@@ -28,6 +35,11 @@ class Limits:
     picture_pixels: int = 24_000_000
     adapter_bytes: int = 512 * 2**20
     request_bytes: int = 600 * 2**20
+    json_bytes: int = 2**20
+    visitor_bytes: int = 2 * 2**30
+    private_bytes: int = 8 * 2**30
+    free_bytes: int = 2**30
+    kept_seconds: float = 2 * 3600.0
     columns: int = 6
     prompts: int = 8
     seeds: int = 8
@@ -35,6 +47,8 @@ class Limits:
     characters: int = 500
     train_steps: int = 5000
     queued_jobs: int = 8
+    drawings_per_visitor: int = 3
+    drawings: int = 24
 
 
 @dataclass(frozen=True)

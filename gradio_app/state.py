@@ -1,8 +1,6 @@
 """What all tabs of the page share."""
 
 import secrets
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +8,9 @@ from gradio_app.comparing import Scorer
 from gradio_app.jobs import JobQueue
 from gradio_app.library import Library
 from gradio_app.messages import Messages
+from gradio_app.private_folder import PrivateFolder
 from gradio_app.settings import AppSettings
 from gradio_app.store import PipelineStore
-
-KEPT_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,7 @@ class App:
 
     Args:
         settings: how the page was started.
+        folder: uploads and downloads.
         library: bases and runs.
         store: pipelines in memory.
         scorer: CLIPScore.
@@ -30,6 +28,7 @@ class App:
     """
 
     settings: AppSettings
+    folder: PrivateFolder
     library: Library
     store: PipelineStore
     scorer: Scorer
@@ -42,12 +41,9 @@ class App:
         Args:
             name: of the file.
         """
-        downloads = self.settings.work_dir / "downloads"
-        folder = downloads / secrets.token_hex(8)
+        folder = self.folder.downloads / secrets.token_hex(8)
         folder.mkdir(parents=True)
-        for old in downloads.iterdir():
-            if old.stat().st_mtime < time.time() - KEPT_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
+        self.folder.forget_old()
         return folder / name
 
     @classmethod
@@ -61,4 +57,5 @@ class App:
         jobs = JobQueue(messages, most_waiting=settings.limits.queued_jobs)
         jobs.restore(library.unfinished())
         store = PipelineStore(settings.max_pipelines, settings.device)
-        return cls(settings, library, store, Scorer(settings.clip, settings.device, store.loading), jobs, messages)
+        folder = PrivateFolder(settings.work_dir, settings.limits)
+        return cls(settings, folder, library, store, Scorer(settings.clip, settings.device, store.loading), jobs, messages)

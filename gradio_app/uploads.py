@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
 from cersa_diffusion.errors import AdapterFormatError, ConfigError
 from cersa_diffusion.training.pictures import load_picture, picture_fault
+from gradio_app.private_folder import check_free
 from gradio_app.settings import Limits
 
 # Decoders of rare formats are where image libraries break.
@@ -29,12 +30,13 @@ def save_pictures(paths: Sequence[str], folder: Path, limits: Limits) -> list[Pa
         The files.
 
     Raises:
-        ConfigError: too few, too many, too large, or not a picture; the message names the picture by its number.
+        ConfigError: too few, too many, too large, or not a picture (the message names it by its number), or no room.
     """
     if not limits.fewest_pictures <= len(paths) <= limits.most_pictures:
         raise ConfigError(f"{len(paths)} pictures: expected {limits.fewest_pictures} to {limits.most_pictures}")
     for number, path in enumerate(paths, start=1):
         _check_picture(Path(path), f"picture {number} ({shown_name(path)})", limits)
+    check_free(folder, 0, limits)
     folder.mkdir(parents=True)
     written = []
     for number, path in enumerate(paths):
@@ -90,16 +92,35 @@ def read_upload(path: str, limits: Limits) -> AdapterFile:
         raise AdapterFormatError(str(error).replace(path, shown_name(path))) from error
 
 
-def keep(path: str, folder: Path) -> Path:
-    """Copies a checked upload to a name of the page's own.
+def check_share(path: str, held: Sequence[Path], limits: Limits) -> None:
+    """Refuses an adapter beyond what one visitor may keep.
 
     Args:
         path: where the upload lies.
-        folder: a private folder.
+        held: the adapters that this visitor has.
+        limits: `visitor_bytes`.
+
+    Raises:
+        ConfigError: naming what is held.
+    """
+    size = sum(file.stat().st_size for file in (Path(path), *held))
+    if size > limits.visitor_bytes:
+        raise ConfigError(
+            f"with {shown_name(path)} your adapters have {size / 2**20:.0f} MiB, expected at most "
+            f"{limits.visitor_bytes / 2**20:.0f}: open the page anew to start without them"
+        )
+
+
+def keep(path: str, folder: Path) -> Path:
+    """Moves a checked upload to a name of the page's own.
+
+    Args:
+        path: where the upload lies.
+        folder: a private folder on the same disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"{secrets.token_hex(8)}.safetensors"
-    kept.write_bytes(Path(path).read_bytes())
+    Path(path).rename(kept)
     return kept
 
 

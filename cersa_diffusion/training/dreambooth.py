@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cersa_diffusion.training.pictures import picture_paths
 from cersa_diffusion.training.publish import Publication
 from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.run_lock import run_lock
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings, write_settings
 
 
@@ -63,12 +65,21 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
         ],
     )
+    with run_lock(output_dir) if accelerator.is_main_process else nullcontext():
+        return _train_and_finish(config, accelerator, instance, callbacks)
+
+
+def _train_and_finish(
+    config: DreamBoothConfig, accelerator: Accelerator, instance: list[Example], callbacks: Sequence[TrainingCallback]
+) -> TrainResult | None:
+    """Does what is missing of a run, while nobody else trains in its folder."""
+    output_dir = Path(config.output_dir)
     total_steps = config.total_steps(len(instance), accelerator.num_processes)
     checkpoint = _check_output(config, output_dir, total_steps)
     publication = Publication.begin(config) if config.push_to_hub and accelerator.is_main_process else None
     result = _finished_result(config, output_dir, total_steps)
     if result is None:
-        result = _train(config, accelerator, output_dir, checkpoint, callbacks)
+        result = _train(config, accelerator, instance, checkpoint, callbacks)
     elif config.report_to:
         accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
     if accelerator.is_main_process:
@@ -80,18 +91,19 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
 def _train(
     config: DreamBoothConfig,
     accelerator: Accelerator,
-    output_dir: Path,
+    instance: list[Example],
     checkpoint: Path | None,
     callbacks: Sequence[TrainingCallback],
 ) -> TrainResult | None:
     """Trains and writes the result, which the main process returns."""
+    output_dir = Path(config.output_dir)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
     base.to(accelerator.device)
     classes = _class_pictures(config, base, accelerator)
 
-    run = DreamBoothRun(config, base, accelerator, read_examples(config), classes)
+    run = DreamBoothRun(config, base, accelerator, instance, classes)
     if accelerator.is_main_process:
         check_disk_space(run, output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """The Compare tab: the same prompts and seeds by the untouched base and by any runs, side by side."""
 
+import html
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,11 @@ import gradio as gr
 from cersa_diffusion.errors import ConfigError
 from gradio_app import uploads
 from gradio_app.comparing import SCHEDULERS, STRONGEST, SWEEP, UNTOUCHED, Comparison, draw, draw_sweep, parse_seeds
+from gradio_app.drawing_places import DRAWING
 from gradio_app.library import Run
 from gradio_app.messages import warn
 from gradio_app.state import App
+from gradio_app.tabs.notes import QUIET, new_note, on, say
 from gradio_app.view import comparison_table, grid_picture, headings_of, size_text
 
 # Columns that are ticked when the page opens: the base and, after `make demo`, its three methods.
@@ -23,6 +27,10 @@ TO_ADDRESS = """(text) => {
     address.searchParams.set("settings", text);
     if (address.href.length < 8000) history.replaceState(null, "", address);
 }"""
+
+WAITING = "waiting for its turn"
+NO_LONGER_WAITING = f"(text) => text === {json.dumps(WAITING)} ? '' : text"
+STOPPED = f"(text) => text === {json.dumps(WAITING)} || / of /.test(text) ? 'stopped' : text"
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class CompareTab:
                 upload = gr.File(
                     label="Add a CERSA adapter (.safetensors)", file_types=[".safetensors"], height=150, elem_id="adapter-upload"
                 )
+                self.upload_note = new_note("adapter-note")
             with gr.Column(scale=1, min_width=220):
                 steps = gr.Slider(1, 100, 25, step=1, label="Steps")
                 guidance = gr.Slider(0, 30, 4, step=0.5, label="Guidance")
@@ -106,13 +115,13 @@ class CompareTab:
         with gr.Row():
             self.go = gr.Button("Draw", variant="primary", elem_id="draw")
             self.stop = gr.Button("Stop", elem_id="stop-drawing")
+        self.status = gr.Markdown("", elem_id="compare-status", elem_classes="status")
         with gr.Accordion("Strength sweep", open=False):
             # Checked by this app against the folders as they are, not by Gradio against a list of before.
             self.sweep_run = gr.Dropdown(
                 [], label="Adapter", info="drawn at strength 0 to 1.5, with the first prompt and seed", allow_custom_value=True
             )
             self.sweep = gr.Button("Draw the sweep", elem_id="sweep")
-        self.status = gr.Markdown("", elem_id="compare-status", elem_classes="status")
         self.table = gr.HTML(elem_id="compare-table")
         self.download = gr.DownloadButton("Download the pictures as one", interactive=False, elem_id="grid")
         with gr.Accordion("Share these settings", open=False):
@@ -125,20 +134,11 @@ class CompareTab:
                 buttons=["copy"],
             )
             self.load = gr.Button("Use these settings", elem_id="use-settings")
+            self.load_note = new_note("settings-note")
 
     def _wire(self) -> None:
-        fields, shown = self.fields, self.app.messages.shown
-        inputs = [self.uploaded, *fields.list()]
-        drawing = [self.status, self.table, self.download, self.json]
-        # All drawing has one place in the queue of the server: first come, first served.
-        queue = {"concurrency_id": "drawing", "concurrency_limit": 1}
-        drawn = self.go.click(shown(self.run), inputs, drawing, api_name="compare", **queue)
-        swept = self.sweep.click(
-            shown(self.run_sweep), [self.sweep_run, *inputs], drawing, api_name="sweep", **queue
-        )  # fmt: skip
-        for event in (drawn, swept):
-            event.then(None, self.json, None, js=TO_ADDRESS)
-        self.stop.click(None, cancels=[drawn, swept])
+        fields = self.fields
+        self._wire_drawing()
         gr.on(
             [fields.columns.change, fields.base.change],
             self.update_strengths,
@@ -150,13 +150,36 @@ class CompareTab:
         fields.base.input(
             self.update_columns, [fields.base, self.uploaded], fields.columns, show_progress="hidden", api_visibility="private"
         )
-        self.upload.upload(
-            shown(self.add_adapter),
-            [self.upload, self.uploaded, fields.base, fields.columns],
-            [self.uploaded, fields.columns, self.upload],
-            api_visibility="private",
-        )
-        self.load.click(shown(self.use_settings), [self.json, self.uploaded], self.shared(), api_visibility="private")
+        messages = self.app.messages
+        added = on(
+            self.upload.upload, self.add_adapter, [self.upload, self.uploaded, fields.base, fields.columns],
+            [self.uploaded, fields.columns], messages=messages, note=self.upload_note, doing="loading the adapter",
+        )  # fmt: skip
+        # Whatever became of it, the field is free for the next one.
+        added.then(None, None, self.upload, js="() => null", **QUIET)
+        on(
+            self.load.click, self.use_settings, [self.json, self.uploaded], self.shared(),
+            messages=messages, note=self.load_note, doing="",
+        )  # fmt: skip
+
+    def _wire_drawing(self) -> None:
+        inputs = [self.uploaded, *self.fields.list()]
+        drawing = [self.status, self.table, self.download, self.json]
+        # All drawing has one place in the queue of the server: first come, first served.
+        options = {"concurrency_id": DRAWING, "concurrency_limit": 1, "show_progress": "hidden"}
+        streamed = self.app.messages.streamed
+        events = []
+        for button, function, name, further in (
+            (self.go, self.run, "compare", []),
+            (self.sweep, self.run_sweep, "sweep", [self.sweep_run]),
+        ):
+            say(button.click, self.status, WAITING)
+            event = button.click(streamed(function, len(drawing) - 1), [*further, *inputs], drawing, api_name=name, **options)
+            event.then(None, self.json, None, js=TO_ADDRESS)
+            event.failure(None, self.status, self.status, js=NO_LONGER_WAITING, **QUIET)
+            events.append(event)
+        self.stop.click(None, cancels=events)
+        self.stop.click(None, self.status, self.status, js=STOPPED, **QUIET)
 
     def read_form(self, uploaded: dict[str, Run], *values) -> tuple[Comparison, list[Run | None]]:
         """The comparison that the form asks for, checked, and the runs of its columns.
@@ -259,11 +282,16 @@ class CompareTab:
     def add_adapter(self, path: str | None, uploaded: dict[str, Run], base: str, columns: list[str]) -> tuple:
         """Takes an uploaded adapter among the columns, if it can be loaded on the base."""
         if path is None:
-            return gr.skip(), gr.skip(), gr.skip()
-        adapter = uploads.read_upload(path, self.limits)
+            return gr.skip(), gr.skip()
+        try:
+            adapter = uploads.read_upload(path, self.limits)
+            uploads.check_share(path, [run.weights_path for run in uploaded.values()], self.limits)
+        except Exception:
+            self.app.folder.remove([path])
+            raise
         name = self._free_name(f"upload: {uploads.shown_name(Path(path).stem)}", uploaded)
         prompt = str(adapter.training.get("instance_prompt", ""))
-        run = Run(name, "cersa", uploads.keep(path, self.app.settings.work_dir / "adapters"), None, prompt)
+        run = Run(name, "cersa", uploads.keep(path, self.app.folder.adapters), None, prompt)
         try:
             with self.app.store.lease(self.app.library.base(base), run):
                 pass  # loading is the test: another base, missing layers
@@ -272,7 +300,7 @@ class CompareTab:
             raise
         uploaded = uploaded | {name: run}
         chosen = [*(columns or []), name][: self.limits.columns]
-        return uploaded, gr.update(choices=self.columns(base, uploaded), value=chosen), None
+        return uploaded, gr.update(choices=self.columns(base, uploaded), value=chosen)
 
     def _free_name(self, name: str, uploaded: dict[str, Run]) -> str:
         taken = {*uploaded, *self.app.library.runs(), UNTOUCHED}
@@ -280,35 +308,45 @@ class CompareTab:
 
     def use_settings(self, text: str, uploaded: dict[str, Run]) -> list:
         """The fields filled with shared settings; what is not here is left out with a warning."""
+        values, missing = self._filled(text, uploaded)
+        if missing:
+            warn([_left_out(missing)])
+        return values
+
+    def _filled(self, text: str, uploaded: dict[str, Run]) -> tuple[list, list[str]]:
+        """Values of `shared`, and the columns that are not here."""
         comparison = Comparison.from_json(text)
         base = self.app.library.base(comparison.base).name
         choices = self.columns(base, uploaded)
-        missing = [name for name in comparison.columns if name not in choices]
-        if missing:
-            warn([f"left out, not here: {', '.join(missing)}"])
         chosen = [name for name in comparison.columns if name in choices]
         comparison.check(self.limits)
         names = self._with_strength(chosen, uploaded)
-        return [
+        values = [
             base, gr.update(choices=choices, value=chosen), "\n".join(comparison.prompts), comparison.negative_prompt,
             ", ".join(map(str, comparison.seeds)), comparison.steps, comparison.guidance, comparison.scheduler,
             comparison.token, *self._sliders(names, comparison.strengths), names,
         ]  # fmt: skip
+        return values, [name for name in comparison.columns if name not in choices]
 
     def from_address(self, uploaded: dict[str, Run], request: gr.Request) -> list:
-        """The fields as the address of the page says, or as they are; the columns as the folders are now."""
-        text = request.query_params.get("settings")
+        """The fields as the address of the page says, or as they are; the columns as the folders are now; a status."""
+        text, status = request.query_params.get("settings"), ""
         if text:
             try:
-                return self.use_settings(text, uploaded)
+                values, missing = self._filled(text, uploaded)
+                return [*values, html.escape(_left_out(missing)) if missing else ""]
             except ValueError as error:
-                warn([f"the settings in the address are not used: {self.app.messages.text(error)}"])
+                status = html.escape(f"the settings in the address are not used: {self.app.messages.text(error)}")
         values = [gr.skip() for _ in self.shared()]
         bases = list(self.app.library.bases())
         choices = self.columns(bases[0], uploaded) if bases else [UNTOUCHED]
         values[0] = gr.update(choices=bases, value=bases[0] if bases else None)
         values[1] = gr.update(choices=choices, value=choices[:CHOSEN])
-        return values
+        return [*values, status]
+
+
+def _left_out(names: list[str]) -> str:
+    return f"left out, not here: {', '.join(names)}"
 
 
 def _forget(uploaded: dict[str, Run]) -> None:

@@ -8,6 +8,7 @@ from cersa_diffusion.adapter_report import describe_adapter
 from gradio_app import uploads
 from gradio_app.inspection import draw_memory, draw_ranks, draw_spectra, memory_by_alpha, plan_of, surveyed
 from gradio_app.state import App
+from gradio_app.tabs.notes import QUIET, new_note, on
 
 
 class InspectTab:
@@ -27,6 +28,7 @@ class InspectTab:
             self.rank = gr.Slider(1, 256, 32, step=1, label="Rank of LoRA", min_width=200)
             self.kind = gr.Dropdown([], label="Layers whose spectra are drawn", min_width=200)
         self.look = gr.Button("Look into the base", variant="primary", elem_id="inspect")
+        self.note = new_note("inspect-note")
         with gr.Row():
             with gr.Column(min_width=300):
                 gr.Markdown("#### Training memory against alpha")
@@ -38,26 +40,32 @@ class InspectTab:
         self.ranks = gr.Image(label="Ranks by layer, and compression", **figure)
         self.plan = gr.Textbox(label="Memory plan", lines=12, max_lines=24, elem_id="inspect-plan", elem_classes="report")
         with gr.Accordion("An adapter file", open=True), gr.Row():
-            self.upload = gr.File(
-                label="CERSA adapter (.safetensors)",
-                file_types=[".safetensors"],
-                height=120,
-                elem_id="info-upload",
-                min_width=260,
-            )
+            with gr.Column(min_width=260):
+                self.upload = gr.File(
+                    label="CERSA adapter (.safetensors)", file_types=[".safetensors"], height=120, elem_id="info-upload"
+                )
+                self.info_note = new_note("info-note")
             self.info = gr.Textbox(
                 label="What it says", lines=10, max_lines=24, elem_id="info", elem_classes="report", min_width=300
             )
         self._wire()
 
     def _wire(self) -> None:
-        shown = self.app.messages.shown
+        messages = self.app.messages
         drawn = [self.memory, self.spectra, self.ranks, self.plan, self.kind]
-        queue = {"concurrency_id": "inspect", "concurrency_limit": 1, "api_visibility": "private"}
+        queue = {"concurrency_id": "inspect", "concurrency_limit": 1}
         inputs = [self.base, self.alpha, self.rank, self.kind]
-        self.look.click(shown(self.inspect), inputs, drawn, **queue)
-        self.kind.input(shown(self.inspect), inputs, drawn, **queue)
-        self.upload.upload(shown(self.describe), self.upload, self.info, api_visibility="private")
+        for trigger in (self.look.click, self.kind.input):
+            on(
+                trigger, self.inspect, inputs, drawn,
+                messages=messages, note=self.note, doing="looking into the base", **queue,
+            )  # fmt: skip
+        described = on(
+            self.upload.upload, self.describe, self.upload, [self.info],
+            messages=messages, note=self.info_note, doing="reading the file",
+        )  # fmt: skip
+        # Whatever became of it, the file is not kept.
+        described.then(None, None, self.upload, js="() => null", **QUIET)
 
     def inspect(self, name: str, alpha: float, rank: float, kind: str | None) -> list:
         """The figures and the plan of a base."""
@@ -73,9 +81,12 @@ class InspectTab:
         draw_ranks(plan, files[2])
         return [*map(str, files), str(plan), gr.update(choices=kinds, value=kind)]
 
-    def describe(self, path: str | None) -> str:
-        """What `cersa info` prints of an uploaded adapter."""
+    def describe(self, path: str | None) -> list[str]:
+        """What `cersa info` prints of an uploaded adapter, which is removed."""
         if path is None:
-            return ""
-        text = describe_adapter(uploads.read_upload(path, self.app.settings.limits))
-        return f"{uploads.shown_name(Path(path).name)}\n{self.app.messages.clean(text)}"
+            return [""]
+        try:
+            text = describe_adapter(uploads.read_upload(path, self.app.settings.limits))
+        finally:
+            self.app.folder.remove([path])
+        return [f"{uploads.shown_name(Path(path).name)}\n{self.app.messages.clean(text)}"]

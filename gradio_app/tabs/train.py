@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import gradio as gr
@@ -14,6 +14,7 @@ from cersa_diffusion.training.methods import METHODS, CersaMethod
 from gradio_app import uploads
 from gradio_app.jobs import ENDED, Job, new_name
 from gradio_app.state import App
+from gradio_app.tabs.notes import QUIET, new_note, on
 from gradio_app.training import LEARNING_RATES, PRESET_CHOICES, RANKED, TrainForm
 from gradio_app.view import previews_strip, size_text
 
@@ -22,6 +23,21 @@ INTERVAL = 1.5
 # Points of the curve that are sent to the page.
 CURVE_POINTS = 250
 LORA_FORMATS = {"diffusers": "diffusers", "kohya (ComfyUI, A1111, Forge)": "kohya"}
+
+
+@dataclass(frozen=True)
+class MadeLora:
+    """A LoRA that was made of a result.
+
+    Args:
+        chosen: name of the result, rank, and keys as the page names them.
+        path: of the file.
+        report: what making it cost.
+    """
+
+    chosen: tuple[str, int, str]
+    path: Path
+    report: str
 
 
 class TrainTab:
@@ -95,6 +111,7 @@ class TrainTab:
                     form["seed"] = gr.Number(default.seed, label="Seed", precision=0, minimum=0, min_width=100)
                 self.plan = gr.Textbox(label="Memory plan", lines=9, max_lines=14, elem_id="plan", elem_classes="report")
                 self.start = gr.Button("Start training", variant="primary", elem_id="start-training")
+                self.start_note = new_note("start-note")
         return {field.name: form[field.name] for field in fields(TrainForm)}
 
     def _build_jobs(self) -> None:
@@ -104,6 +121,7 @@ class TrainTab:
                 with gr.Row():
                     self.cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-training")
                     self.resume = gr.Button("Resume", interactive=False, elem_id="resume-training")
+                self.job_note = new_note("job-note")
                 self.list = gr.HTML(elem_id="jobs")
             with gr.Column(scale=2, min_width=280):
                 self.progress = gr.HTML(elem_id="job-progress")
@@ -124,15 +142,17 @@ class TrainTab:
             with gr.Column(min_width=280):
                 with gr.Row():
                     self.rank = gr.Slider(1, 256, 64, step=1, label="Rank of the LoRA", min_width=160)
-                    self.format = gr.Dropdown(list(LORA_FORMATS), value="diffusers", label="Keys of the LoRA", min_width=160)
+                    self.keys = gr.Dropdown(list(LORA_FORMATS), value="diffusers", label="Keys of the LoRA", min_width=160)
                 with gr.Row():
                     self.export = gr.Button("Make a LoRA of it", interactive=False, elem_id="export-lora", size="md")
                     self.lora = gr.DownloadButton("Download the LoRA", interactive=False, elem_id="lora-file", size="md")
+                self.lora_note = new_note("lora-note")
+        # The LoRA that this visitor made last.
+        self.made = gr.State(None)
         self.export_report = gr.Textbox(label="About the LoRA", lines=4, visible=False, elem_classes="report")
 
     def _wire(self) -> None:
-        shown, inputs = self.app.messages.shown, self.inputs
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        inputs, quiet = self.inputs, QUIET
         planned = ("base", "method", "preset", "alpha", "beta", "memory_budget", "rank", "batch_size", "class_prompt")
         gr.on(
             [self.form[name].change for name in planned], self.show_plan, inputs, self.plan,
@@ -142,12 +162,14 @@ class TrainTab:
             self.show_method, self.form["method"],
             [self.form[name] for name in ("alpha", "beta", "memory_budget", "rank", "learning_rate")], **quiet,
         )  # fmt: skip
-        self.start.click(
-            shown(self.submit), [self.pictures, *inputs], [self.job, self.pictures], api_visibility="private",
-            concurrency_id="submit", concurrency_limit=1,
+        messages = self.app.messages
+        on(
+            self.start.click, self.submit, [self.pictures, *inputs], [self.job, self.pictures], messages=messages,
+            note=self.start_note, doing="checking pictures and settings", concurrency_id="submit", concurrency_limit=1,
         )  # fmt: skip
-        self.cancel.click(shown(self.app_cancel), self.job, None, **quiet)
-        self.resume.click(shown(self.app_resume), self.job, None, **quiet)
+        # Outside the queue: whatever else visitors have asked for, a training can be cancelled.
+        for button, function in ((self.cancel, self.app_cancel), (self.resume, self.app_resume)):
+            on(button.click, function, self.job, [], messages=messages, note=self.job_note, doing="", queue=False)
         watched = [self.job, self.seen]
         self.watching = [
             self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume,
@@ -156,13 +178,20 @@ class TrainTab:
         # Outside the queue: a busy server still says how far the training is.
         self.timer.tick(self.watch, watched, self.watching, queue=False, **quiet)
         self.job.change(self.watch, watched, self.watching, queue=False, **quiet)
-        self.result.change(
-            shown(self.choose_result), self.result, [self.file, self.export, self.lora, self.export_report], **quiet
-        )
-        self.export.click(
-            shown(self.make_lora), [self.result, self.rank, self.format], [self.lora, self.export_report],
-            api_visibility="private", concurrency_id="export", concurrency_limit=1,
+        self.result.change(self.choose_result, self.result, [self.file, self.export], **quiet)
+        self._wire_export()
+
+    def _wire_export(self) -> None:
+        chosen, offered = [self.result, self.rank, self.keys], [self.lora, self.export_report]
+        quiet = {**QUIET, "queue": False}
+        gr.on([field.change for field in chosen], self.offer_lora, [self.made, *chosen], offered, **quiet)
+        # The file of before is not to be taken for the one that is being made.
+        begun = self.export.click(self.forget_lora, None, [self.made, *offered], **quiet)
+        made = on(
+            begun.then, self.make_lora, chosen, [self.made], messages=self.app.messages,
+            note=self.lora_note, doing="making the LoRA", concurrency_id="export", concurrency_limit=1,
         )  # fmt: skip
+        made.then(self.offer_lora, [self.made, *chosen], offered, **quiet)
 
     def show_plan(self, *values) -> str:
         """The memory plan of the form, or what keeps it from being one."""
@@ -199,16 +228,19 @@ class TrainTab:
             config = form.config(pipeline, base.source, folder, self.limits)
         uploads.save_pictures(pictures or [], folder / "pictures", self.limits)
         self.app.jobs.submit(name, config)
+        self.app.folder.remove(pictures)
         gr.Info(f"{name} is in the queue")
         return gr.update(choices=self._job_choices(), value=name), None
 
-    def app_cancel(self, name: str) -> None:
+    def app_cancel(self, name: str) -> list:
         """Cancels the chosen training."""
         self.app.jobs.cancel(name)
+        return []
 
-    def app_resume(self, name: str) -> None:
+    def app_resume(self, name: str) -> list:
         """Resumes the chosen training."""
         self.app.jobs.resume(name)
+        return []
 
     def _job_choices(self) -> list[str]:
         return [job.name for job, _ in reversed(self.app.jobs.jobs())]
@@ -220,7 +252,8 @@ class TrainTab:
         names = [job.name for job, _ in jobs]
         if chosen not in names:
             chosen = _foremost(jobs)
-        now = (version, chosen, tuple(runs))
+        # Other processes may train what has ended here: that is no change of this queue.
+        now = (version, chosen, tuple(runs), *((job.state, job.step) for job, _ in jobs))
         if seen is not None and tuple(seen) == now:
             return [gr.skip()] * len(self.watching)
         results = gr.update(choices=runs) if seen is None or tuple(seen[2]) != now[2] else gr.skip()
@@ -250,7 +283,7 @@ class TrainTab:
                 value=self._copy(run.weights_path, run.name), interactive=True, label=f"Download the {run.method} file"
             )
         exportable = run is not None and issubclass(METHODS[run.method], CersaMethod)
-        return [file, gr.update(interactive=exportable), gr.update(value=None, interactive=False), gr.update(visible=False)]
+        return [file, gr.update(interactive=exportable)]
 
     def _copy(self, path: Path, name: str) -> str:
         # A copy, because Gradio serves what lies in its own folder; the folders of the runs stay closed to it.
@@ -258,20 +291,29 @@ class TrainTab:
         copied.write_bytes(path.read_bytes())
         return str(copied)
 
-    def make_lora(self, name: str | None, rank: float, keys: str) -> tuple:
+    def forget_lora(self) -> list:
+        """No LoRA was made, and none is offered."""
+        return [None, gr.update(value=None, interactive=False), gr.update(visible=False)]
+
+    def make_lora(self, name: str | None, rank: float, keys: str) -> list:
         """Writes a CERSA result as a LoRA."""
         run = self.app.library.runs().get(name) if name else None
         if run is None or not issubclass(METHODS[run.method], CersaMethod) or keys not in LORA_FORMATS:
             raise ConfigError("choose a CERSA result: only these are turned into a LoRA")
-        path = self.app.place(f"{run.name.replace('/', '-')}-lora.safetensors")
+        layout = LORA_FORMATS[keys]
+        path = self.app.place(f"{run.name.replace('/', '-')}-lora-r{int(rank)}-{layout}.safetensors")
         # A base of its own: pipelines in memory are shared and never changed.
         source = self.app.library.base(run.base_name).source
         with self.app.store.loading:
-            report = export_lora(
-                run.weights_path, path, rank=int(rank), format=LORA_FORMATS[keys], base=source, prompt=run.prompt
-            )
+            report = export_lora(run.weights_path, path, rank=int(rank), format=layout, base=source, prompt=run.prompt)
         text = str(report).replace(str(path), path.name)
-        return gr.update(value=str(path), interactive=True), gr.update(value=text, visible=True)
+        return [MadeLora((name, int(rank), keys), path, text)]
+
+    def offer_lora(self, made: MadeLora | None, name: str | None, rank: float | None, keys: str | None) -> list:
+        """Offers the LoRA that was made last, so long as it is the one that is chosen now."""
+        if made is None or made.chosen != (name, rank, keys) or not made.path.exists():
+            return self.forget_lora()[1:]
+        return [gr.update(value=str(made.path), interactive=True), gr.update(value=made.report, visible=True)]
 
 
 def _foremost(jobs: list[tuple[Job, int | None]]) -> str | None:
@@ -285,6 +327,8 @@ def _state_text(job: Job, place: int | None) -> str:
         return f"waiting, place {place}"
     if job.state == "running":
         return "stopping" if job.cancelled else "running" if job.step else "preparing"
+    if job.state == "elsewhere":
+        return "training elsewhere"
     return job.state
 
 

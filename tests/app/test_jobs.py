@@ -124,6 +124,25 @@ def test_what_a_killed_server_left_can_be_resumed(queue, config, models_dir, tmp
     assert list(library.runs()) == ["left"] and not library.unfinished()
 
 
+def test_a_run_that_another_process_trains_is_listed_and_left_alone(queue, config, models_dir, tmp_path):
+    queue.submit("shared", config("shared", max_train_steps=400, checkpointing_steps=2))
+    wait_for(lambda jobs: jobs["shared"][0].step > 3, queue)
+    other = JobQueue(Messages({}), most_waiting=3)
+    other.restore(Library([models_dir], [tmp_path / "runs"]).unfinished())
+    [(job, _)] = other.jobs()
+    assert (job.state, job.resumable) == ("elsewhere", False) and "process" in job.message
+    with pytest.raises(ConfigError, match=r"shared .* process \d+"):
+        other.resume("shared")
+    with pytest.raises(ConfigError, match="shared"):
+        other.cancel("shared")
+    queue.cancel("shared")
+    wait_for(lambda jobs: jobs["shared"][0].state == "stopped", queue)
+    [(job, _)] = other.jobs()
+    assert job.state == "stopped" and job.resumable and job.step >= 2
+    (Path(job.config.output_dir) / "result.json").write_text("{}")
+    assert other.jobs()[0][0].state == "finished"
+
+
 def test_the_form_becomes_the_settings_of_a_run(app, tmp_path):
     form = TrainForm("small", beta=0.8, alpha=0.9, class_prompt="a dog", steps=40, instance_prompt=" a cat ")
     base = app.library.base("small")

@@ -1,6 +1,5 @@
 """The running server: what it refuses to give out, and ten visitors at once."""
 
-import http.client
 import json
 import urllib.error
 import urllib.request
@@ -58,35 +57,6 @@ def test_the_server_fetches_nothing_for_visitors(server):
             for route in ("gradio_api/file=", "gradio_api/proxy="):
                 status, _ = fetch(address, route + written)
                 assert status >= 400
-
-
-def test_a_path_in_the_place_of_an_upload_is_refused(server, runs_dir):
-    address, _ = server
-    outside = runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors"
-    dependencies = json.loads(fetch(address, "config")[1])["dependencies"]
-    uploads = [each for each in dependencies if any(target[1] == "upload" for target in each["targets"])]
-    assert len(uploads) == 2
-    for number, dependency in enumerate(uploads):
-        for path in (str(outside), "/etc/passwd"):
-            file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.safetensors"}
-            data = [file, *[None] * (len(dependency["inputs"]) - 1)]
-            session = f"visitor{number}{len(path)}"
-            body = {"data": data, "fn_index": dependency["id"], "session_hash": session}
-            fetch(address, "gradio_api/queue/join", json.dumps(body).encode(), **{"Content-Type": "application/json"})
-            _, events = fetch(address, f"gradio_api/queue/data?session_hash={session}")
-            assert b'"success":false' in events and b"root:" not in events and b"numbers in" not in events
-
-
-def test_requests_beyond_the_limit_are_refused(server):
-    address, app = server
-    headers = {"Content-Length": str(app.settings.limits.request_bytes + 1), "Content-Type": "application/octet-stream"}
-    host = address.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=30)
-    connection.putrequest("POST", "/gradio_api/upload")
-    for name, value in headers.items():
-        connection.putheader(name, value)
-    connection.endheaders()
-    assert connection.getresponse().status == 413
 
 
 def test_ten_visitors_get_their_pictures_in_order(server):

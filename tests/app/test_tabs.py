@@ -1,6 +1,8 @@
 """What the events of the tabs do, without a browser: called as Gradio calls them."""
 
 import dataclasses
+import shutil
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -10,7 +12,7 @@ from cersa_diffusion.errors import ConfigError
 from gradio_app.comparing import UNTOUCHED, Comparison
 from gradio_app.tabs.compare import CompareTab
 from gradio_app.tabs.inspect import InspectTab
-from gradio_app.tabs.train import TrainTab
+from gradio_app.tabs.train import LORA_FORMATS, TrainTab
 from gradio_app.training import TrainForm
 
 from .conftest import wait_for
@@ -47,9 +49,18 @@ def test_a_training_from_the_form_becomes_a_column_and_a_lora(app, pictures):
     assert name in columns["choices"] and columns["value"] == [UNTOUCHED]
     file = tab.choose_result(name)[0]
     assert load_file(file["value"]) and str(app.settings.runs_dirs[0]) not in file["value"]
-    lora, report = tab.make_lora(name, 4, "diffusers")
+    [made] = tab.make_lora(name, 4, "diffusers")
+    lora, report = tab.offer_lora(made, name, 4, "diffusers")
     assert any(".lora_A." in key for key in load_file(lora["value"])) and "rank 4" in report["value"]
     assert str(app.settings.work_dir) not in report["value"]
+    assert lora["value"].endswith(f"{name}-lora-r4-diffusers.safetensors")
+    for changed in (
+        (name, 5, "diffusers"),
+        (name, 4, next(key for key in LORA_FORMATS if "kohya" in key)),
+        (None, 4, "diffusers"),
+    ):
+        lora, report = tab.offer_lora(made, *changed)
+        assert lora["value"] is None and not lora["interactive"] and not report["visible"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +102,7 @@ def test_an_uploaded_adapter_is_a_column_of_its_visitor_alone(app, runs_dir, tmp
     tab = built(CompareTab, app)
     file = tmp_path / "from elsewhere.safetensors"
     file.write_bytes((runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors").read_bytes())
-    mine, columns, _ = tab.add_adapter(str(file), {}, "small", [UNTOUCHED])
+    mine, columns = tab.add_adapter(str(file), {}, "small", [UNTOUCHED])
     assert columns["value"] == [UNTOUCHED, "upload: from elsewhere"]
     values = ["small", columns["value"], "a cat", "", "0", 1, 4.0, "DDIM", "sks", *[1.0] * 6]
     *_, last = tab.run(mine, *values)
@@ -106,5 +117,50 @@ def test_inspecting_draws_and_describes(app, runs_dir):
     assert all(open(path, "rb").read(4) == b"\x89PNG" for path in figures) and "CERSA" in table
     again = tab.inspect("small", 0.9, 4, kinds["choices"][-1])
     assert again[-1]["value"] == kinds["choices"][-1]
-    text = tab.describe(str(runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors"))
+    [text] = tab.describe(str(runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors"))
     assert "instance_prompt" in text and "error of the weight changes" in text
+
+
+def test_used_uploads_are_removed_and_nothing_else(app, pictures, runs_dir):
+    weights = runs_dir / "cat-cersa" / "pytorch_cersa_weights.safetensors"
+    folder = app.folder.uploads / "0123"
+    folder.mkdir(parents=True)
+
+    def uploaded(path) -> str:
+        return shutil.copy(path, folder)
+
+    train, compare, inspect = (built(tab, app) for tab in (TrainTab, CompareTab, InspectTab))
+    train.submit([uploaded(path) for path in pictures], *form())
+    inspect.describe(uploaded(weights))
+    mine, _ = compare.add_adapter(uploaded(weights), {}, "small", [UNTOUCHED])
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(b"x")
+    for call in (inspect.describe, lambda path: compare.add_adapter(path, mine, "small", [])):
+        with pytest.raises(ValueError):
+            call(str(damaged))
+        damaged.touch()
+    damaged.unlink()
+    assert list(folder.iterdir()) == [] and len(list(app.folder.adapters.iterdir())) == 1
+    inspect.describe(str(weights))
+    assert weights.exists()
+    app.jobs.close()
+
+
+def test_what_a_shared_address_lacks_is_said_in_the_status(app):
+    tab = built(CompareTab, app)
+    shared = Comparison("small", (UNTOUCHED, "<gone>"), ("a",), (4,)).to_json()
+    request = SimpleNamespace(query_params={"settings": shared})
+    *_, status = tab.from_address({}, request)
+    assert "&lt;gone&gt;" in status
+    *_, status = tab.from_address({}, SimpleNamespace(query_params={"settings": "{}"}))
+    assert "not used" in status
+    assert tab.from_address({}, SimpleNamespace(query_params={}))[-1] == ""
+
+
+def test_messages_stand_in_notes(app):
+    note = app.messages.noted(lambda: [app.library.base("<b>")], 1)()
+    assert note[0] == gr.skip() and "&lt;b&gt;" in note[1]
+    stream = app.messages.streamed(built(CompareTab, app).run, 3)({}, *[None] * 15)
+    assert "role=" in next(stream)[0]
+    with pytest.raises(gr.Error):
+        next(stream)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cersa_diffusion.errors import AdapterFormatError, ConfigError
 from gradio_app.settings import Limits
-from gradio_app.uploads import keep, read_upload, save_pictures
+from gradio_app.uploads import check_share, keep, read_upload, save_pictures
 
 LIMITS = Limits()
 
@@ -92,8 +92,11 @@ def test_an_adapter_is_a_safetensors_file_or_refused(tmp_path, runs_dir):
     good = tmp_path / "my adapter.safetensors"
     good.write_bytes(whole)
     assert read_upload(str(good), LIMITS).layers
+    with pytest.raises(ConfigError, match="expected at most 0"):
+        read_upload(str(good), replace(LIMITS, adapter_bytes=100))
     kept = keep(str(good), tmp_path / "private")
     assert kept.read_bytes() == whole and kept.name != good.name and kept.parent == tmp_path / "private"
+    assert not good.exists()
     for name, content, message in (
         ("a.bin", whole, "expected a .safetensors file"),
         ("a.safetensors", whole[:-7], "a.safetensors: "),
@@ -105,5 +108,19 @@ def test_an_adapter_is_a_safetensors_file_or_refused(tmp_path, runs_dir):
         with pytest.raises((AdapterFormatError, ConfigError), match=message) as raised:
             read_upload(str(damaged), LIMITS)
         assert str(tmp_path) not in str(raised.value) and os.sep not in str(raised.value).split(":")[0]
-    with pytest.raises(ConfigError, match="expected at most 0"):
-        read_upload(str(good), replace(LIMITS, adapter_bytes=100))
+
+
+def test_pictures_need_room_on_the_disk(three, tmp_path):
+    with pytest.raises(ConfigError, match="MiB free"):
+        save_pictures(three, tmp_path / "kept", replace(LIMITS, free_bytes=2**60))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_one_visitor_keeps_so_many_bytes_of_adapters(tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for file in files:
+        file.write_bytes(b"x" * 2**20)
+    limits = replace(LIMITS, visitor_bytes=2 * 2**20)
+    check_share(str(files[0]), files[1:2], limits)
+    with pytest.raises(ConfigError, match=r"a\.safetensors.* 3 MiB.* 2"):
+        check_share(str(files[0]), files[1:], limits)
