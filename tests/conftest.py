@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from torch import nn
 import cersa_diffusion as cersa
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# On a busy machine the time of an example says nothing about the code.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):

@@ -130,7 +130,7 @@ SPECIFICATIONS = st.fixed_dictionaries(
 
 
 @given(specification=SPECIFICATIONS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_strengths_by_block_are_those_of_the_lora_loader(unets, specification):
     first, second = unets
     cersa.set_adapters(first, "a", specification)
