@@ -7,6 +7,7 @@ from pathlib import Path
 import tomli_w
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import atomic_write
 from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.config_checks import check_names
 from cersa_diffusion.training.presets import PRESETS
@@ -43,7 +44,13 @@ def read_settings(path: str | Path, config_class: type[DreamBoothConfig] = Dream
     return PRESETS.get(preset, {}) | settings
 
 
-def write_settings(config: DreamBoothConfig, path: Path) -> None:
-    """Writes all settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
+def settings_text(config: DreamBoothConfig) -> str:
+    """All settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
     settings = {name: value for name, value in asdict(config).items() if value is not None and name != "hub_token"}
-    path.write_text(tomli_w.dumps(settings))
+    return tomli_w.dumps(settings)
+
+
+def write_settings(config: DreamBoothConfig, path: Path) -> None:
+    """Writes all settings as `settings_text` gives them."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(settings_text(config))
