@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import hypothesis
@@ -116,13 +117,15 @@ def trained(network) -> tuple[nn.Module, nn.Module]:
     return network, model
 
 
-def run_script(*arguments: str | Path, launch: bool = False) -> subprocess.CompletedProcess:
+def run_script(
+    *arguments: str | Path, launch: bool = False, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Runs a script of the repository as a user would, through `accelerate launch` if asked."""
     command = [sys.executable]
     if launch:
         command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = os.environ | {"TQDM_MININTERVAL": "5"}
+    environment = {**(environment or os.environ), "TQDM_MININTERVAL": "5"}
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
     )
