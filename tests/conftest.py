@@ -16,6 +16,11 @@ from torch import nn
 import cersa_diffusion as cersa
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Where the tests of layers, models, adapters and pipelines compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU.
+DEVICE = torch.device(os.environ.get("CERSA_TEST_DEVICE", "cpu"))
+if DEVICE.type == "cpu":
+    # Trainers would take a GPU that is there; command lines inherit this.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 # On a busy machine the time of an example says nothing about the code.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -94,13 +99,23 @@ def network() -> nn.Module:
         if isinstance(layer, nn.Linear):
             U, s, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
             layer.weight = nn.Parameter((U * s * torch.logspace(0, -1.5, len(s))) @ Vh)
-    return model
+    return model.to(DEVICE)
+
+
+def randn(*shape: int, **options) -> torch.Tensor:
+    """Random numbers on the device of the tests, the same ones on every device.
+
+    Args:
+        shape: of the tensor.
+        options: of `torch.randn`.
+    """
+    return torch.randn(*shape, **options).to(DEVICE)
 
 
 def train(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) -> None:
     """Trains whatever is trainable on a fixed random regression."""
     torch.manual_seed(1)
-    inputs, targets = torch.randn(64, 48), torch.randn(64, 24)
+    inputs, targets = randn(64, 48), randn(64, 24)
     optimizer = torch.optim.AdamW(cersa.trainable_parameters(model), learning_rate)
     for _ in range(steps):
         optimizer.zero_grad()
