@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from cersa_diffusion import CersaConfig, inject_cersa
+from cersa_diffusion import CersaConfig, ConfigError, inject_cersa
 from cersa_diffusion.comparison import generate, markdown_table, picture_grid
 from cersa_diffusion.metrics.clip_models import TransformersClip
 from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
@@ -34,18 +34,44 @@ LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
 ALPHA, RANK = 0.95, 32
 SEEDS = range(4)
+# In the folder of every demo: what has it may be emptied.
+MARKER = ".cersa-demo"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo"), help="folder for everything; emptied first unless --redraw"
+        "--output",
+        type=Path,
+        default=Path("outputs/demo"),
+        help="folder for everything; an earlier demo in it is replaced unless --redraw",
     )
     names = sorted(path.name for path in SUBJECTS.iterdir())
     parser.add_argument("--subject", choices=names, default="fluent-robot", help="what is learned")
     parser.add_argument("--steps", type=int, default=300, help="training steps per method")
     parser.add_argument("--redraw", action="store_true", help="keep the trained runs of the folder, only draw and score again")
     return parser.parse_args()
+
+
+def clear_output(folder: Path) -> None:
+    """Makes the folder of the demo, or removes an earlier demo from it.
+
+    Raises:
+        ConfigError: it is a file, or holds anything and was not made by the demo; nothing is touched then.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [path for path in folder.iterdir() if path.name != MARKER]
+    if entries and not (folder / MARKER).is_file():
+        raise ConfigError(
+            f"--output: {folder} is not empty and was not made by this demo (it has no file {MARKER}): choose a new folder, or "
+            "empty it yourself"
+        )
+    # The marker stays: a demo that is stopped while it removes files can be started again.
+    (folder / MARKER).write_text("The demo made this folder and empties it when it is started again.\n")
+    for path in entries:
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def train(method: str, subject: dict, output: Path, steps: int) -> None:
@@ -185,8 +211,10 @@ def main() -> None:
     output = arguments.output
     subject = json.loads((SUBJECTS / arguments.subject / "subject.json").read_text())
     if not arguments.redraw:
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
+        try:
+            clear_output(output)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
         for method in TITLES:
             train(method, subject, output, arguments.steps)
     results = {title: json.loads((output / method / "result.json").read_text()) for method, title in TITLES.items()}

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,15 @@ from torch import nn
 import cersa_diffusion as cersa
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Where the tests of layers, models, adapters and pipelines compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU.
+DEVICE = torch.device(os.environ.get("CERSA_TEST_DEVICE", "cpu"))
+if DEVICE.type == "cpu":
+    # Trainers would take a GPU that is there; command lines inherit this.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+# On a busy machine the time of an example says nothing about the code.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
@@ -88,13 +99,23 @@ def network() -> nn.Module:
         if isinstance(layer, nn.Linear):
             U, s, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
             layer.weight = nn.Parameter((U * s * torch.logspace(0, -1.5, len(s))) @ Vh)
-    return model
+    return model.to(DEVICE)
+
+
+def randn(*shape: int, **options) -> torch.Tensor:
+    """Random numbers on the device of the tests, the same ones on every device.
+
+    Args:
+        shape: of the tensor.
+        options: of `torch.randn`.
+    """
+    return torch.randn(*shape, **options).to(DEVICE)
 
 
 def train(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) -> None:
     """Trains whatever is trainable on a fixed random regression."""
     torch.manual_seed(1)
-    inputs, targets = torch.randn(64, 48), torch.randn(64, 24)
+    inputs, targets = randn(64, 48), randn(64, 24)
     optimizer = torch.optim.AdamW(cersa.trainable_parameters(model), learning_rate)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -111,13 +132,15 @@ def trained(network) -> tuple[nn.Module, nn.Module]:
     return network, model
 
 
-def run_script(*arguments: str | Path, launch: bool = False) -> subprocess.CompletedProcess:
+def run_script(
+    *arguments: str | Path, launch: bool = False, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Runs a script of the repository as a user would, through `accelerate launch` if asked."""
     command = [sys.executable]
     if launch:
         command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = os.environ | {"TQDM_MININTERVAL": "5"}
+    environment = {**(environment or os.environ), "TQDM_MININTERVAL": "5"}
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
     )

@@ -21,6 +21,8 @@ from transformers import (
 
 import cersa_diffusion as cersa
 
+from .conftest import DEVICE
+
 PROMPT = "a cat on a mat"
 SIZE = 16
 FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux")
@@ -146,8 +148,8 @@ def decay_spectra(model: nn.Module) -> None:
 
 
 def pipeline(family: str) -> diffusers.DiffusionPipeline:
-    """A pipeline of its own for each call, all with the same weights."""
-    return copy.deepcopy(_built(family))
+    """A pipeline of its own for each call, all with the same weights, on the device of the tests."""
+    return copy.deepcopy(_built(family)).to(DEVICE)
 
 
 def denoiser(pipe) -> nn.Module:
@@ -173,20 +175,20 @@ def write_adapter(family: str, folder: Path, *, seed: int = 0, components=None, 
     for name, model in models.items():
         cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=TARGETS[name]), show_progress=False)
         for core in cersa.trainable_parameters(model):
-            core.data.normal_(std=0.4 / len(core) ** 0.5, generator=generator)
+            core.data.copy_(torch.empty(core.shape).normal_(std=0.4 / len(core) ** 0.5, generator=generator))
     path = folder / "pytorch_cersa_weights.safetensors"
     cersa.save_adapter(models, path, dtype=torch.float32, **settings)
     return path
 
 
 def picture(pipe, **arguments) -> torch.Tensor:
-    """(3, 16, 16): two steps from fixed noise."""
+    """(3, 16, 16) on the CPU: two steps from fixed noise."""
     generator = torch.Generator().manual_seed(0)
     pipe.set_progress_bar_config(disable=True)
     result = pipe(
         PROMPT, height=SIZE, width=SIZE, num_inference_steps=2, generator=generator, output_type="pt", **arguments
     )  # fmt: skip
-    return result.images[0]
+    return result.images[0].cpu()
 
 
 def differ(first: torch.Tensor, second: torch.Tensor) -> bool:

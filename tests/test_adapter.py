@@ -52,7 +52,7 @@ def test_weight_change_survives_other_singular_vectors(adapter, monkeypatch):
 
     def other_solver(weight):
         U, s, Vh = decompose(weight)
-        signs = torch.where(torch.arange(len(s)) % 3 == 0, -1.0, 1.0).double()
+        signs = torch.where(torch.arange(len(s), device=s.device) % 3 == 0, -1.0, 1.0).double()
         return Decomposition(U * signs, s, signs[:, None] * Vh)
 
     monkeypatch.setenv("CERSA_CACHE", "off")

@@ -67,7 +67,7 @@ def smallest(layers: list[TargetLayer], optimizer: str = "adamw") -> int:
     return int(re.search(r"smallest possible is (\d+)", str(error.value))[1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     target_layers(),
     st.sampled_from(["adamw", "adamw8bit", "adafactor", "sgd"]),
@@ -96,7 +96,7 @@ def one_component_more(layers: list[TargetLayer], ranks: list[LayerRanks]) -> fl
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(target_layers(most=3, widest=5, beta=None, unprofitable="factor"), st.floats(1, 3))
 def test_optimal_up_to_one_component(layers, generosity):
     budget = int(smallest(layers) * generosity)
@@ -106,7 +106,7 @@ def test_optimal_up_to_one_component(layers, generosity):
     assert energy_of(layers, ranks) >= best - one_component_more(layers, ranks) - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(target_layers(beta=None, unprofitable="factor"), st.floats(0.05, 1))
 def test_no_worse_than_one_alpha_for_all_layers(layers, alpha):
     uniform = [LayerRanks(k, k) for k in (energy_rank(layer.spectrum, alpha) for layer in layers)]

@@ -13,7 +13,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.inject import cersa_layers
 
-from .conftest import train
+from .conftest import randn, train
 from .pipelines_small import unet
 
 
@@ -54,7 +54,7 @@ def test_switching_and_mixing_is_linear_in_the_cores(two):
 
 
 def test_disable_and_enable_keep_the_strengths(two):
-    x = torch.randn(4, 48)
+    x = randn(4, 48)
     cersa.set_adapters(two, ["default", "second"], [0.5, 0.25])
     expected = two(x)
     cersa.disable_adapters(two)
@@ -73,7 +73,7 @@ def test_delete(two):
     assert cersa.adapter_names(two) == ["default"] and torch.equal(change(two), expected)
     cersa.add_adapter(two, "second")
     cersa.delete_adapters(two, ["default", "second"])
-    assert cersa.adapter_names(two) == [] and two(torch.randn(2, 48)).shape == (2, 24)
+    assert cersa.adapter_names(two) == [] and two(randn(2, 48)).shape == (2, 24)
 
 
 def test_mistakes_name_what_is_there_and_change_nothing(two):
@@ -130,7 +130,7 @@ SPECIFICATIONS = st.fixed_dictionaries(
 
 
 @given(specification=SPECIFICATIONS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_strengths_by_block_are_those_of_the_lora_loader(unets, specification):
     first, second = unets
     cersa.set_adapters(first, "a", specification)
@@ -185,7 +185,7 @@ def test_strengths_by_block_need_blocks(two):
 
 
 def test_fuse_and_unfuse(two):
-    x = torch.randn(4, 48)
+    x = randn(4, 48)
     cersa.set_adapters(two, ["default", "second"], [0.5, -2.0])
     expected, layers, cores = two(x), cersa_layers(two), cersa.trainable_parameters(two)
     weights = [layer.effective_weight() for layer in layers.values()]
@@ -210,7 +210,7 @@ def test_ways_out_of_a_fused_model(network):
     cersa.restore_base(base)
     for model in (network, merged):
         cersa.fuse(model)
-    x = torch.randn(4, 48)
+    x = randn(4, 48)
     fused = merged(x)
     cersa.merge(merged)
     assert torch.equal(merged(x), fused) and type(merged[0]) is nn.Linear

@@ -14,7 +14,7 @@ from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.inject import replacement
 
-from .conftest import train
+from .conftest import DEVICE, randn, train
 
 
 def test_only_cores_train_and_frozen_factors_do_not_move(network):
@@ -37,7 +37,7 @@ def test_report_counts_what_is_there(network):
 
 
 def test_alpha_one_leaves_the_output(network):
-    x = torch.randn(8, 48)
+    x = randn(8, 48)
     expected = network(x)
     cersa.inject_cersa(network, CersaConfig(alpha=1.0), show_progress=False)
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-6)
@@ -86,16 +86,16 @@ def test_shared_and_meta_weights_are_refused():
 def test_zero_and_rank_deficient_weights(network):
     network[0].weight.data.zero_()
     network[2].weight.data[:, 1:] = 0
-    expected = network(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+    expected = network(randn(4, 48, generator=torch.Generator().manual_seed(0)))
     report = cersa.inject_cersa(network, CersaConfig(alpha=1.0), show_progress=False)
     assert [row.kept_rank for row in report.layers][:2] == [1, 1]
-    actual = network(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+    actual = network(randn(4, 48, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merge_gives_plain_layers_with_the_same_output(trained):
     _, model = trained
-    x = torch.randn(8, 48)
+    x = randn(8, 48)
     expected = model(x)
     cersa.merge(model)
     assert {type(module) for module in model if not isinstance(module, nn.GELU)} == {nn.Linear}
@@ -118,7 +118,7 @@ def test_restore_base_without_the_base_says_so(trained):
 
 
 def test_attention_that_reads_its_own_weight_is_left_alone():
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).to(DEVICE)
     report = cersa.inject_cersa(model, CersaConfig(), show_progress=False)
     assert [row.name for row in report.layers] == ["linear1", "linear2"]
 
@@ -146,7 +146,7 @@ def test_settings_of_ranks_and_cores(network, settings, kept, trained, offset):
 
 def test_svfit_and_svft_count_their_parameters_as_in_the_papers(network):
     first, second, third = network, copy.deepcopy(network), copy.deepcopy(network)
-    x = torch.randn(8, 48)
+    x = randn(8, 48)
     expected = network(x)
     report = cersa.inject_cersa(first, svfit_config(rank=30), show_progress=False)
     assert [row.core_parameters for row in report.layers] == [30, 30, 24]
@@ -159,11 +159,11 @@ def test_svfit_and_svft_count_their_parameters_as_in_the_papers(network):
 
 
 def test_unprofitable_layers_can_be_left_dense(network):
-    network[4].weight.data.copy_(torch.linalg.qr(torch.randn(64, 24)).Q.T)  # flat spectrum: every component counts
+    network[4].weight.data.copy_(torch.linalg.qr(randn(64, 24)).Q.T)  # flat spectrum: every component counts
     report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, unprofitable="skip"), show_progress=False)
     assert report.skipped == ["4"] and isinstance(network[4], nn.Linear) and "1 left dense" in str(report)
     assert not network[4].weight.requires_grad
-    flat = nn.Sequential(nn.Linear(24, 24))
+    flat = nn.Sequential(nn.Linear(24, 24)).to(DEVICE)
     flat[0].weight.data.copy_(torch.eye(24))
     with pytest.raises(ConfigError, match="leaves none of the 1 layers"):
         cersa.inject_cersa(flat, CersaConfig(unprofitable="skip"), show_progress=False)
@@ -184,8 +184,8 @@ def test_the_residual_is_where_the_weight_is():
 def test_a_model_that_looks_at_the_dtype_of_its_layers():
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 20}
-    model = T5EncoderModel(T5Config(**sizes)).eval()
-    ids = torch.arange(6)[None]
+    model = T5EncoderModel(T5Config(**sizes)).eval().to(DEVICE)
+    ids = torch.arange(6, device=DEVICE)[None]
     with torch.no_grad():
         before = model(ids).last_hidden_state
         cersa.inject_cersa(model, CersaConfig(alpha=1.0), show_progress=False)

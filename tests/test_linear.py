@@ -12,14 +12,16 @@ from cersa_diffusion.cores import DiagonalCore, MatrixCore, SparseCore, banded_p
 from cersa_diffusion.functional import decompose, energy_rank
 from cersa_diffusion.inject import replacement
 
+from .conftest import DEVICE, randn
+
 
 def make_layer(m=20, n=30, alpha=0.9, beta=0.7, bias=True, dtype=torch.float32, seed=0) -> tuple[nn.Linear, CersaLinear]:
     torch.manual_seed(seed)
-    linear = nn.Linear(n, m, bias=bias).to(dtype)
+    linear = nn.Linear(n, m, bias=bias).to(DEVICE, dtype)
     factors = decompose(linear.weight)
     layer = CersaLinear(factors, energy_rank(factors.s, alpha), linear.bias, dtype)
     rank = energy_rank(factors.s, beta)
-    layer.add_core("default", MatrixCore(rank, values=0.1 * torch.randn(rank, rank)))
+    layer.add_core("default", MatrixCore(rank, values=0.1 * randn(rank, rank)))
     return linear, layer
 
 
@@ -27,7 +29,7 @@ def make_layer(m=20, n=30, alpha=0.9, beta=0.7, bias=True, dtype=torch.float32, 
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20), (1, 9), (9, 1)])
 def test_forward_is_a_dense_layer_with_the_effective_weight(shape, bias):
     _, layer = make_layer(*shape, bias=bias)
-    x = torch.randn(5, 3, shape[1])
+    x = randn(5, 3, shape[1])
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.effective_weight(), layer.bias), rtol=1e-5, atol=1e-5)
 
 
@@ -43,14 +45,14 @@ def test_untrained_layer_is_the_truncated_one():
 def test_alpha_one_is_the_dense_layer():
     linear, layer = make_layer(alpha=1.0)
     layer.strengths["default"] = 0.0
-    x = torch.randn(64, 30)
+    x = randn(64, 30)
     expected = linear(x)
     assert (layer(x) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_gradient_of_the_core_is_the_dense_gradient_in_the_subspace():
     _, layer = make_layer()
-    x, target = torch.randn(64, 30), torch.randn(64, 20)
+    x, target = randn(64, 30), randn(64, 20)
     (layer(x) - target).square().sum().backward()
     dense = layer.effective_weight().requires_grad_()
     (nn.functional.linear(x, dense, layer.bias) - target).square().sum().backward()
@@ -73,7 +75,7 @@ def test_backward_keeps_only_the_changed_part_of_the_projected_input(beta):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(tokens, n, requires_grad=True)
+    x = randn(tokens, n).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x)
     assert sum(saved.values()) <= tokens * layer.cores["default"].rank * 4
@@ -87,7 +89,7 @@ def test_only_the_core_is_a_parameter_that_training_changes():
     before = layer.cores["default"].D.detach().clone()
     for _ in range(20):
         optimizer.zero_grad()
-        layer(torch.randn(8, 30)).square().sum().backward()
+        layer(randn(8, 30)).square().sum().backward()
         optimizer.step()
     assert all(torch.equal(buffer, frozen[name]) for name, buffer in layer.named_buffers())
     assert not torch.equal(layer.cores["default"].D, before)
@@ -100,13 +102,13 @@ def test_cores_and_singular_values_stay_float32_through_dtype_moves(dtype):
     layer.to(dtype)
     assert layer.U.dtype == layer.Vh.dtype == layer.bias.dtype == dtype
     assert torch.equal(layer.cores["default"].D, core) and torch.equal(layer.s, s)
-    assert layer(torch.randn(4, 30, dtype=dtype)).dtype == dtype
+    assert layer(randn(4, 30, dtype=dtype)).dtype == dtype
 
 
 def test_autocast_gives_the_autocast_dtype():
     _, layer = make_layer()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(torch.randn(4, 30))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y = layer(randn(4, 30))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert layer.cores["default"].D.grad.dtype == torch.float32
@@ -115,7 +117,7 @@ def test_autocast_gives_the_autocast_dtype():
 def test_cores_of_different_rank_add_up_with_their_strengths():
     _, layer = make_layer()
     first = layer.weight_change()
-    layer.add_core("second", MatrixCore(3, offset=4, values=torch.randn(3, 3)), strength=0.0)
+    layer.add_core("second", MatrixCore(3, offset=4, values=randn(3, 3)), strength=0.0)
     torch.testing.assert_close(layer.weight_change(), first)
     layer.strengths.update(default=0.0, second=2.0)
     second = layer.weight_change()
@@ -135,10 +137,10 @@ def test_core_names_and_ranks_are_checked():
 
 def test_deepcopy_and_state_dict_round_trip():
     _, layer = make_layer()
-    x = torch.randn(4, 30)
+    x = randn(4, 30)
     twin = copy.deepcopy(layer)
     _, other = make_layer(seed=5)
-    other = CersaLinear(decompose(torch.randn(20, 30)), layer.kept_rank, other.bias, torch.float32)
+    other = CersaLinear(decompose(randn(20, 30)), layer.kept_rank, other.bias, torch.float32)
     other.add_core("default", MatrixCore(layer.cores["default"].rank))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), layer(x)) and torch.equal(other(x), layer(x))
@@ -150,11 +152,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_diagonal_core_is_the_matrix_core_of_its_diagonal():
     _, layer = make_layer()
-    values = torch.randn(5)
+    values = randn(5)
     layer.delete_core("default")
     layer.add_core("diagonal", DiagonalCore(5, offset=2))
     layer.cores["diagonal"].d.data.copy_(values)
-    x = torch.randn(8, 30)
+    x = randn(8, 30)
     actual = layer(x)
     layer.delete_core("diagonal")
     layer.add_core("matrix", MatrixCore(5, offset=2, values=torch.diag(values)))
@@ -166,7 +168,7 @@ def test_a_bottom_core_changes_only_its_components():
     _, layer = make_layer()
     layer.delete_core("default")
     offset = layer.kept_rank - 4
-    layer.add_core("bottom", MatrixCore(4, offset, torch.randn(4, 4)))
+    layer.add_core("bottom", MatrixCore(4, offset, randn(4, 4)))
     change = layer.weight_change()
     inside = layer.U[:, offset:].double() @ layer.U[:, offset:].double().T @ change
     assert relative_error(inside, change) < 1e-6
@@ -175,11 +177,11 @@ def test_a_bottom_core_changes_only_its_components():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_kept_residual_makes_the_untrained_layer_the_dense_one(dtype, limit):
     torch.manual_seed(0)
-    linear = nn.Linear(30, 20).to(dtype).requires_grad_(False)
+    linear = nn.Linear(30, 20).to(DEVICE, dtype).requires_grad_(False)
     factors = leading_factors(linear.weight, lambda s: 6, None)
     layer = replacement(linear, factors, 6, keep_residual=True, keep_base=False)
     assert relative_error(layer.effective_weight().float(), linear.weight.float()) < limit
-    x = torch.randn(9, 30, dtype=dtype)
+    x = randn(9, 30, dtype=dtype)
     assert relative_error(layer(x).float(), linear(x).float()) < limit
 
 
@@ -196,7 +198,7 @@ def test_random_and_top_places():
     places = random_places(6, 20)
     assert len({tuple(place) for place in places.T.tolist()}) == 20 and places.max() < 6
     for shape in ((6, 6), (9, 6), (6, 9)):
-        U, _, Vh = decompose(torch.randn(*shape))
+        U, _, Vh = decompose(randn(*shape))
         alignment = U @ Vh if shape == (6, 6) else (Vh if shape == (9, 6) else U)
         (rows, columns) = top_places(U, Vh, 4)
         assert sorted(alignment[rows, columns].tolist()) == sorted(alignment.flatten().topk(4).values.tolist())
@@ -204,18 +206,18 @@ def test_random_and_top_places():
 
 def test_sparse_core_is_the_gated_matrix_of_svft():
     torch.manual_seed(0)
-    linear = nn.Linear(10, 8)
+    linear = nn.Linear(10, 8).to(DEVICE)
     U, s, Vh = decompose(linear.weight)
     layer = CersaLinear(decompose(linear.weight), 8, linear.bias, torch.float32)
     layer.add_core("default", SparseCore(8, banded_places(8, 1)))
     core = layer.cores["default"]
     core.gate.data.fill_(0.7)
-    M = torch.zeros(8, 8, dtype=torch.float64)
+    M = torch.zeros(8, 8, dtype=torch.float64, device=DEVICE)
     for (i, j), value in zip(core.places.T.tolist(), core.values.tolist(), strict=True):
         M[i, j] = value
-    expected = U @ (torch.diag(s) + torch.sigmoid(torch.tensor(0.7).double()) * M) @ Vh
+    expected = U @ (torch.diag(s) + torch.sigmoid(torch.tensor(0.7, dtype=torch.float64, device=DEVICE)) * M) @ Vh
     torch.testing.assert_close(layer.effective_weight().double(), expected, rtol=1e-5, atol=1e-5)
-    layer(torch.randn(3, 10)).square().sum().backward()
+    layer(randn(3, 10)).square().sum().backward()
     assert core.values.grad.abs().sum() > 0 and core.gate.grad.abs() > 0
 
 
@@ -227,11 +229,11 @@ def test_every_kind_of_core_stays_float32(kind):
     layer.add_core("default", core)
     layer.to(torch.bfloat16)
     assert all(parameter.dtype == torch.float32 for parameter in layer.cores.parameters())
-    assert layer(torch.randn(2, 30, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer(randn(2, 30, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_torch_compile_has_no_graph_breaks():
     _, layer = make_layer()
-    x = torch.randn(4, 30)
+    x = randn(4, 30)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))

@@ -15,6 +15,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
 from cersa_diffusion.inject import cersa_layers
 
+from .conftest import DEVICE
 from .pipelines_small import FAMILIES, TARGETS, adapted_components, cersa_modules, denoiser, differ, picture, pipeline
 
 # For what does not depend on the kind of model: one each with one text encoder, with two, and with a transformer.
@@ -26,7 +27,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 @pytest.fixture(scope="module")
 def emoji(base_path):
     """Builder of pipelines with the embedded base (four steps)."""
-    built = DiffusionPipeline.from_pretrained(base_path)
+    built = DiffusionPipeline.from_pretrained(base_path).to(DEVICE)
     return lambda: copy.deepcopy(built)
 
 
@@ -187,7 +188,7 @@ def test_parity_12_save_pretrained_with_an_active_adapter(family, adapter_file, 
     adapted = picture(pipe)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(picture(pipe), adapted) and len(cersa_modules(pipe)) > 10
-    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path).to(DEVICE)
     assert not cersa_modules(stock)
     torch.testing.assert_close(picture(stock), adapted, **CLOSE)
 
@@ -196,7 +197,7 @@ def test_parity_12_on_the_embedded_base(emoji, emoji_file, tmp_path):
     pipe = emoji()
     pipe.load_cersa_weights(emoji_file)
     pipe.save_pretrained(tmp_path)
-    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path).to(DEVICE)
     torch.testing.assert_close(emoji_picture(stock), emoji_picture(pipe), rtol=0, atol=1e-3)
 
 

@@ -13,6 +13,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.inject import cersa_layers
 
+from .conftest import DEVICE
 from .pipelines_small import cersa_modules, denoiser, differ, picture, pipeline
 
 FILE_NAME = "pytorch_cersa_weights.safetensors"
@@ -112,7 +113,7 @@ def test_parity_33_file_names_are_guessed_offline(adapter_file, tmp_path):
         pipe.load_cersa_weights("someone/a-cat", "other.safetensors", cache_dir=tmp_path, local_files_only=True)
 
 
-def check_offloaded_loading(adapter_file, device, enable, is_offloaded):
+def check_offloaded_loading(adapter_file, enable, is_offloaded):
     """Load, fuse, unfuse and unload under offloading: hooks are there before and after, pictures as without offloading."""
     plain, pipe = (pipeline("sd1") for _ in range(2))
     enable(pipe)
@@ -120,33 +121,28 @@ def check_offloaded_loading(adapter_file, device, enable, is_offloaded):
     for each in (plain, pipe):
         each.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
     assert is_offloaded(pipe)
-    close = {"rtol": 0, "atol": 1e-5 if device == "cpu" else 1e-2}
-    torch.testing.assert_close(picture(pipe).cpu(), picture(plain), **close)
+    torch.testing.assert_close(picture(pipe), picture(plain), rtol=0, atol=1e-5 if DEVICE.type == "cpu" else 1e-3)
     for change in (pipe.fuse_cersa, pipe.unfuse_cersa, pipe.unload_cersa_weights):
         change()
         assert is_offloaded(pipe)
         picture(pipe)
-    torch.testing.assert_close(picture(pipe), before, rtol=0, atol=0 if device == "cpu" else 1e-4)
+    torch.testing.assert_close(picture(pipe), before, rtol=0, atol=0 if DEVICE.type == "cpu" else 1e-4)
 
 
 def model_offloaded(pipe) -> bool:
     return type(getattr(pipe.unet, "_hf_hook", None)).__name__ == "CpuOffload" and len(pipe._all_hooks) == 3
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+def test_parity_34_model_offload_then_load(adapter_file):
+    check_offloaded_loading(adapter_file, lambda pipe: pipe.enable_model_cpu_offload(device=DEVICE), model_offloaded)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_parity_34_model_offload_then_load(adapter_file, device):
-    check_offloaded_loading(adapter_file, device, lambda pipe: pipe.enable_model_cpu_offload(device=device), model_offloaded)
-
-
-@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="accelerate offloads to the CPU: needs CERSA_TEST_DEVICE=cuda")
 def test_parity_34_sequential_offload_then_load(adapter_file):
     def offloaded(pipe):
         return pipe.unet.conv_in.weight.is_meta
 
-    check_offloaded_loading(adapter_file, "cuda", lambda pipe: pipe.enable_sequential_cpu_offload(), offloaded)
+    check_offloaded_loading(adapter_file, lambda pipe: pipe.enable_sequential_cpu_offload(device=DEVICE), offloaded)
 
 
 def test_parity_34_sequential_offload_comes_back_after_loading(adapter_file):
@@ -157,7 +153,7 @@ def test_parity_34_sequential_offload_comes_back_after_loading(adapter_file):
         each.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
     assert pipe.unet.conv_in.weight.is_meta
     pipe.remove_all_hooks()
-    assert torch.equal(picture(pipe), picture(plain))
+    assert torch.equal(picture(pipe.to(DEVICE)), picture(plain))
 
 
 def test_parity_34_offloading_hooks_bring_the_cores_to_the_device(adapter_file):
@@ -168,7 +164,7 @@ def test_parity_34_offloading_hooks_bring_the_cores_to_the_device(adapter_file):
             each.load_cersa_weights(adapter_file("sd1", seed=seed), adapter_name=name)
     for layer in cersa_modules(pipe):
         for module in (layer, *layer.cores.values()):
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True))
+            add_hook_to_module(module, AlignDevicesHook(execution_device=DEVICE, offload=True))
     assert all(core.D.is_meta for layer in cersa_modules(pipe) for core in layer.cores.values())
     assert torch.equal(picture(pipe), picture(plain))
     for each in (plain, pipe):
@@ -182,29 +178,26 @@ def test_parity_34_no_hooks_appear_where_there_were_none(adapter_file):
     assert not any(hasattr(module, "_hf_hook") for module in pipe.unet.modules())
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_parity_35_group_offload_then_load(adapter_file, device, offload_type):
-    settings = {"onload_device": torch.device(device), "offload_device": torch.device("cpu"), "offload_type": offload_type}
+def test_parity_35_group_offload_then_load(adapter_file, offload_type):
+    settings = {"onload_device": DEVICE, "offload_device": torch.device("cpu"), "offload_type": offload_type}
 
     def enable(pipe):
         apply_group_offloading(pipe.unet, num_blocks_per_group=1, **settings)
-        pipe.text_encoder.to(device)
-        pipe.vae.to(device)
+        pipe.text_encoder.to(DEVICE)
+        pipe.vae.to(DEVICE)
 
     def offloaded(pipe):
         hooks = [module._diffusers_hook.hooks for module in pipe.unet.modules() if hasattr(module, "_diffusers_hook")]
         return any("group_offloading" in names for names in hooks)
 
-    check_offloaded_loading(adapter_file, device, enable, offloaded)
+    check_offloaded_loading(adapter_file, enable, offloaded)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parity_36_moving_the_dtype_keeps_cores_and_works(adapter_file, device, dtype):
+def test_parity_36_moving_the_dtype_keeps_cores_and_works(adapter_file, dtype):
     pipe = pipeline("sdxl")
     pipe.load_cersa_weights(adapter_file("sdxl"), adapter_name="a")
-    pipe.to(device)
     adapted = picture(pipe)
     pipe.to(dtype)
     assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.text_encoder_2.dtype == dtype

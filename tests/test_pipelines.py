@@ -22,6 +22,7 @@ from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.run import DreamBoothRun
 
 from . import pipelines_small as small
+from .conftest import DEVICE
 from .pipelines_small import cersa_modules, differ
 
 METHODS = (
@@ -318,7 +319,7 @@ def test_fused_and_merged_pipelines_are_plain_to_stock_diffusers(adapter_file, t
         assert all(type(module) is torch.nn.Linear for name, module in model.named_modules() if name.endswith("to_q"))
     pipe.save_pretrained(tmp_path / "merged")
     for folder in ("fused", "merged"):
-        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / folder)
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / folder).to(DEVICE)
         torch.testing.assert_close(small.picture(stock), adapted, rtol=0, atol=1e-5)
 
 
@@ -330,6 +331,7 @@ def test_a_single_model_saves_dense_weights_and_its_own_state_dict_stays_factore
     pipe.unet.save_pretrained(tmp_path)
     assert set(pipe.unet.state_dict()) == factored
     stock, loading = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
+    stock.to(DEVICE)
     assert not any(loading.values()) and set(stock.state_dict()) == untouched
     weight = stock.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert torch.equal(weight, pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.effective_weight())

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 import cersa_diffusion
 from cersa_diffusion import AdapterFormatError, CersaLinear, ConfigError
 
+from .conftest import DEVICE
 from .pipelines_small import adapted_components, cersa_modules, differ, picture, pipeline
 
 ONLY_A = {"unet": ["a"], "text_encoder": ["a"]}
@@ -145,7 +146,7 @@ def test_a_base_that_changed_on_disk_is_not_put_back(adapter_file, tmp_path):
     """The weights of a pipeline from disk are read there again; saved over by adapted ones they are gone, and that is said."""
     first = pipeline("sd1")
     first.save_pretrained(tmp_path / "base")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base").to(DEVICE)
     base = picture(pipe)
     pipe.load_cersa_weights(adapter_file("sd1"))
     pipe.unload_cersa_weights()

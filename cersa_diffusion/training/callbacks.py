@@ -1,6 +1,6 @@
 """What a program that runs a training can listen to (plan, steps, previews, checkpoints, end), and how it stops one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cersa_diffusion.planner import MemoryPlan
+from cersa_diffusion.memory import MemoryUse
 
 if TYPE_CHECKING:
     from cersa_diffusion.training.config import DreamBoothConfig
@@ -25,14 +25,15 @@ class RunStart:
 
     Attributes:
         description: what is trained, what it takes and what it costs, a paragraph each.
-        plan: the memory plan of the components.
+        plan: bytes of the trained components by method: the run's own first ("cersa"), then what it is compared with
+            ("lora r=32", "full").
         first_step: steps done before, by a run that is resumed.
         total_steps: of the whole training.
         expected_seconds: that the steps will take, by a trial.
     """
 
     description: tuple[str, ...]
-    plan: MemoryPlan
+    plan: Mapping[str, MemoryUse]
     first_step: int
     total_steps: int
     expected_seconds: float

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.inject import trainable_parameters
+from cersa_diffusion.private_names import enable_gradient_checkpointing
 from cersa_diffusion.processes import any_process, share_bases
 from cersa_diffusion.tokens import pipeline_tokens
 from cersa_diffusion.training import previews
@@ -145,8 +146,8 @@ class DreamBoothRun:
                 else:
                     getattr(self.base, name).to(dtype=dtype)
         if config.gradient_checkpointing:
-            for name, model in self.components.items():
-                model.enable_gradient_checkpointing() if name == "unet" else model.gradient_checkpointing_enable()
+            for model in self.components.values():
+                enable_gradient_checkpointing(model)
 
     def fit(
         self,

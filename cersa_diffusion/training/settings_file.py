@@ -39,8 +39,13 @@ def read_settings(path: str | Path, config_class: type[DreamBoothConfig] = Dream
     return PRESETS.get(preset, {}) | settings
 
 
-def write_settings(config: DreamBoothConfig, path: Path) -> None:
-    """Writes all settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
+def settings_text(config: DreamBoothConfig) -> str:
+    """All settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
     settings = {name: value for name, value in asdict(config).items() if value is not None and name != "hub_token"}
+    return tomli_w.dumps(settings)
+
+
+def write_settings(config: DreamBoothConfig, path: Path) -> None:
+    """Writes all settings as `settings_text` gives them."""
     with atomic_write(path) as temporary:
-        temporary.write_text(tomli_w.dumps(settings))
+        temporary.write_text(settings_text(config))

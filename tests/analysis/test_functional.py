@@ -28,7 +28,7 @@ def basis(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 @given(dimensions)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_psi_of_a_subspace_with_itself_is_one_however_its_basis_is_turned(given):
     m, i, _, seed = given
     A, turn = basis(m, i, seed), basis(i, i, seed + 1)
@@ -37,7 +37,7 @@ def test_psi_of_a_subspace_with_itself_is_one_however_its_basis_is_turned(given)
 
 
 @given(dimensions)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_psi_does_not_depend_on_the_bases_nor_on_a_turn_of_the_whole_space(given):
     m, i, j, seed = given
     A, B = basis(m, i, seed), basis(m, j, seed + 1)
@@ -53,7 +53,7 @@ def test_psi_does_not_depend_on_the_bases_nor_on_a_turn_of_the_whole_space(given
 
 
 @given(dimensions)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_psi_of_orthogonal_subspaces_is_zero_and_of_nested_ones_one(given):
     m, i, _, seed = given
     whole = basis(m, m, seed)
@@ -64,7 +64,7 @@ def test_psi_of_orthogonal_subspaces_is_zero_and_of_nested_ones_one(given):
 
 
 @given(dimensions)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_grid_is_psi_of_all_leading_columns(given):
     m, i, j, seed = given
     A, B = basis(m, i, seed), basis(m, j, seed + 1)

@@ -20,7 +20,7 @@ from cersa_diffusion.classification.texts import load_texts, text_columns, token
 from .conftest import WORDS, sentences, write_pictures, write_table
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(["b", "a", "c d", "10", "9"]), min_size=2, max_size=20).filter(lambda own: len(set(own)) > 1))
 def test_classes_are_numbered_from_zero_and_the_names_give_the_labels_back(labels):
     train, validation, names = number_labels(

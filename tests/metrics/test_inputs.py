@@ -52,7 +52,7 @@ def test_a_json_object_of_file_names(tmp_path):
 printable = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(printable.filter(lambda word: word.strip() == word), min_size=1, max_size=4, unique=True))
 def test_any_words_survive_json_and_csv(words, tmp_path):
     names = [f"{number}.png" for number in range(len(words))]

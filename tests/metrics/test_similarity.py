@@ -30,7 +30,7 @@ def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:
     return normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(2, 5), references=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_three_measures_by_hand(count, references, seed):
     a, b = unit_vectors(count, seed), unit_vectors(references, seed + 100)
@@ -43,7 +43,7 @@ def test_the_three_measures_by_hand(count, references, seed):
     assert paired_distance(a, other) == pytest.approx(expected, abs=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(count=st.integers(2, 5), seed=st.integers(0, 99))
 def test_nothing_moved_and_all_alike_are_zero(count, seed):
     a = unit_vectors(count, seed)

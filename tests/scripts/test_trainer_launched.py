@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -116,17 +117,24 @@ def test_two_processes_are_one_with_twice_the_batch(bases, subject_path, tmp_pat
 
 
 class Victim:
-    """A run that is killed again and again.
+    """A run that is killed again and again, and finds an empty cache of decompositions at every start.
 
     Args:
         options: of its command line.
         output: its folder.
+        caches: folder for the caches.
         seed: of the moments of death.
     """
 
-    def __init__(self, options: list[str], output: Path, seed: int):
-        self.options, self.output, self.random = options, output, random.Random(seed)
+    def __init__(self, options: list[str], output: Path, caches: Path, seed: int):
+        self.options, self.output, self.caches, self.random = options, output, caches, random.Random(seed)
         self.deaths_while_writing = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With another cache at every call."""
+        self.caches.mkdir(exist_ok=True)
+        return os.environ | {"CERSA_CACHE": tempfile.mkdtemp(dir=self.caches)}
 
     def latest(self) -> int:
         steps = [int(path.name.partition("-")[2]) for path in self.output.glob("checkpoint-*")]
@@ -138,6 +146,7 @@ class Victim:
         process = subprocess.Popen(
             [sys.executable, SCRIPTS["sd1"], *self.options, "--resume_from_checkpoint", "latest"],
             cwd=REPOSITORY,
+            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -155,20 +164,27 @@ class Victim:
         process.stderr.close()
 
 
-@pytest.mark.parametrize("deaths", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_runs_resume_and_end_in_the_same_weights(deaths, bases, subject_path, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "deaths"),
+    [("cersa", 2), pytest.param("cersa", 30, marks=pytest.mark.slow), pytest.param("lora", 30, marks=pytest.mark.slow)],
+)
+def test_killed_runs_resume_and_end_in_the_same_weights(method, deaths, bases, subject_path, tmp_path):
     # More steps than 0.4 s of every life can do, or one of them would end of itself.
-    shared = {"max_train_steps": 60 * deaths, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "method": "lora", "rank": 2,
+    shared = {"max_train_steps": 60 * deaths, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "method": method,
               "lr_scheduler": "cosine"}  # fmt: skip
-    victim = Victim(arguments(bases["sd1"], subject_path, tmp_path / "killed", **shared), tmp_path / "killed", seed=deaths)
+    options = arguments(bases["sd1"], subject_path, tmp_path / "killed", **shared) + list(RANKS)
+    victim = Victim(options, tmp_path / "killed", tmp_path / "caches", seed=deaths)
     for _ in range(deaths):
         victim.live_and_die()
-    finished = run_script(SCRIPTS["sd1"], *victim.options, "--resume_from_checkpoint", "latest")
+    rest = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", "10000")
+    finished = run_script(SCRIPTS["sd1"], *options, *rest, environment=victim.environment)
     assert finished.returncode == 0, finished.stderr
     assert not list((tmp_path / "killed").glob(".checkpoint-*"))
-    whole = arguments(bases["sd1"], subject_path, tmp_path / "whole", **shared | {"checkpointing_steps": 10_000})
-    finished = run_script(SCRIPTS["sd1"], *whole)
+    whole = arguments(bases["sd1"], subject_path, tmp_path / "whole", **shared | {"checkpointing_steps": 10000})
+    finished = run_script(SCRIPTS["sd1"], *whole, *RANKS)
     assert finished.returncode == 0, finished.stderr
-    killed, alone = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("killed", "whole"))
+    if method == "cersa":
+        assert all(any(cache.iterdir()) for cache in (tmp_path / "caches").iterdir())
+    killed, alone = (load_file(tmp_path / name / f"pytorch_{method}_weights.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(tensor, alone[name]) for name, tensor in killed.items())
     assert deaths < 30 or victim.deaths_while_writing >= 3

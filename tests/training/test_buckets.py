@@ -73,7 +73,6 @@ def test_in_a_square_it_is_the_size_that_torchvision_takes(size, side):
 BUCKETS = st.lists(st.sampled_from([(1, 1), (1, 2), (2, 1)]), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(BUCKETS, st.integers(0, 2**32), st.integers(1, 6))
 def test_every_step_is_of_one_bucket_and_a_cycle_shows_every_picture_equally(buckets, seed, per_step):
     order = PictureOrder(buckets, seed, per_step)
@@ -86,7 +85,7 @@ def test_every_step_is_of_one_bucket_and_a_cycle_shows_every_picture_equally(buc
     assert len(counts) == len(buckets) and len(set(counts.values())) == 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(BUCKETS, st.integers(0, 1000), st.integers(1, 4), st.integers(1, 40))
 def test_any_stretch_shows_all_pictures_about_equally_often(buckets, seed, per_step, epochs):
     order = PictureOrder(buckets, seed, per_step)
@@ -98,7 +97,7 @@ def test_any_stretch_shows_all_pictures_about_equally_often(buckets, seed, per_s
         assert abs(counts[number] - mean) <= 2 * math.ceil(per_step / buckets.count(bucket)) + 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(BUCKETS, st.integers(0, 1000))
 def test_within_a_bucket_every_epoch_is_a_permutation(buckets, seed):
     order = PictureOrder(buckets, seed, 2)

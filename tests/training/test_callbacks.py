@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cersa_diffusion.memory import MemoryUse
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, TrainingStopped, train_dreambooth
 
 
@@ -59,7 +60,8 @@ def test_everything_is_told_in_order(settings):
     assert recorder.result == result and recorder.progress.loss == pytest.approx(result.loss)
     assert recorder.progress.pictures_per_second > 0 and recorder.progress.peak_memory > 1e8
     assert recorder.start.total_steps == 4 and recorder.start.expected_seconds > 0
-    assert {"cersa", "lora r=32", "full"} == set(recorder.start.plan)
+    assert list(recorder.start.plan) == ["cersa", "lora r=32", "full"]
+    assert all(isinstance(use, MemoryUse) for use in recorder.start.plan.values())
     text = "\n".join(recorder.start.description)
     for part in ("5 pictures", "unet: ", "text_encoder: ", "truncation: ", "memory plan", "4 steps of 2 pictures"):
         assert part in text

@@ -1,6 +1,7 @@
 """The card beside a result, and an upload that fails before the training if it can."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -11,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
+from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.publish import Publication
+from cersa_diffusion.training.settings_file import read_settings
 
 
 def test_the_card_says_how_to_use_the_result(small_settings, tmp_path, monkeypatch):
@@ -74,3 +76,59 @@ def test_the_repository_is_made_under_the_name_of_the_folder(small_settings, hub
     publication = Publication.begin(DreamBoothConfig(**small_settings, push_to_hub=True, hub_token="good"))
     assert publication.repository == "someone/run"
     assert hub.requests[0][0] == "/api/repos/create" and hub.requests[0][1]["name"] == "run"
+
+
+class Uploads:
+    """The hub's side of an upload: writes what it is sent into a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def create_commit(self, repo_id, operations, commit_message):
+        for operation in operations:
+            path = self.folder / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                path.write_bytes(file.read())
+
+
+WEIGHTS = {"cersa": "pytorch_cersa_weights.safetensors", "lora": "pytorch_lora_weights.safetensors", "full": "pipeline"}
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_what_goes_out(method, small_settings, tmp_path, tmp_path_factory):
+    """The result and its description, no pictures to learn from, and no folder of this machine; at home all is as it was."""
+    run, sent = tmp_path / "run", tmp_path / "sent"
+    shutil.copytree(small_settings["instance_data_dir"], run / "pictures")
+    shutil.copytree(small_settings["instance_data_dir"], run / "class_pictures")
+    shutil.copy(next((run / "pictures").glob("*.png")), run / "private.png")
+    settings = small_settings | {"instance_data_dir": str(run / "pictures"), "class_data_dir": str(run / "class_pictures")}
+    settings |= {"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 5, "method": method, "rank": 2}
+    settings |= {"validation_prompt": "a sks cat", "num_validation_images": 1, "validation_inference_steps": 2}
+    settings |= {"max_train_steps": 1, "checkpointing_steps": 1, "hub_token": "secret token"}
+    config = DreamBoothConfig(**settings)
+    result = train_dreambooth(config, [])
+    written = (run / "config.toml").read_text()
+    Publication(Uploads(sent), "someone/run", config).upload(result)
+
+    top = {path.name for path in sent.iterdir()}
+    assert top == {"README.md", "pictures.png", "config.toml", "result.json", WEIGHTS[method]}
+    for path in sent.rglob("*.*"):
+        content = path.read_bytes()
+        for private in (str(tmp_path_factory.getbasetemp()), str(Path.home()), "secret token"):
+            assert private.encode() not in content, f"{path.name} names {private}"
+    shown = json.loads((sent / "result.json").read_text())
+    opened = load_result(method, sent / shown["weights_path"], small_settings["pretrained_model_name_or_path"])
+    assert isinstance(opened, StableDiffusionPipeline)
+    DreamBoothConfig(**read_settings(sent / "config.toml"))
+    assert ModelCard.load(sent / "README.md").data.base_model is None
+    assert (run / "config.toml").read_text() == written
+    assert read_settings(run / "config.toml")["instance_data_dir"] == settings["instance_data_dir"]
+
+
+def test_a_base_of_the_hub_keeps_its_name(small_settings, tmp_path):
+    result = train_dreambooth(DreamBoothConfig(**small_settings | {"max_train_steps": 1}), [])
+    config = DreamBoothConfig(**small_settings | {"pretrained_model_name_or_path": "someone/base"})
+    Publication(Uploads(tmp_path / "sent"), "someone/run", config).upload(result)
+    assert read_settings(tmp_path / "sent" / "config.toml")["pretrained_model_name_or_path"] == "someone/base"
+    assert not (tmp_path / "sent" / "pictures.png").exists()
