@@ -106,7 +106,12 @@ def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: in
             temporary.mkdir(parents=True)
 
     def write_states() -> None:
-        accelerator.save_state(str(temporary))
+        try:
+            accelerator.save_state(str(temporary))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch.save has no OSError for a full disk
+            raise OSError(" ".join(str(error).split())[:200]) from error
 
     def finish() -> None:
         if accelerator.is_main_process:
@@ -145,9 +150,7 @@ def _failure(stage: Callable[[], None], accelerator: Accelerator) -> Exception |
     error = None
     try:
         stage()
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as caught:  # torch and safetensors have no OSError for a full disk
+    except (OSError, SafetensorError) as caught:  # safetensors has no OSError for a full disk
         error = caught
     if any_process(error is not None, accelerator.device):
         return error or OSError("another process could not write its part")

@@ -36,9 +36,7 @@ def save_result(run: DreamBoothRun, output_dir: Path) -> TrainResult:
     try:
         result = run.save(output_dir)
         result.write()
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has no OSError for a full disk
         raise CersaError(
             f"{output_dir}: all steps are done, but the result cannot be written ({error}): make room, then "
             "--resume_from_checkpoint latest writes it"

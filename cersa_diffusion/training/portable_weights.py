@@ -51,7 +51,8 @@ def save_portable(components: Mapping[str, nn.Module], folder: Path, averages: M
 
 def _named(components: Mapping[str, nn.Module], kind: str, values: Mapping[nn.Parameter, Tensor] | None) -> dict[str, Tensor]:
     return {
-        f"{kind}/{component}/{name}": tensor.contiguous()
+        # Copied: of the trained cores and their averages the pivots are the same tensors, which safetensors refuses.
+        f"{kind}/{component}/{name}": tensor.clone()
         for component, model in components.items()
         for name, tensor in portable_cores(model, values=values).items()
     }
