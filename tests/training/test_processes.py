@@ -1,0 +1,89 @@
+"""Two processes whose singular vectors differ: they train in the same coordinates, or both refuse."""
+
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cersa_diffusion import cache
+from cersa_diffusion.functional import Decomposition
+from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
+
+STEPS = 4
+
+
+class Losses(TrainingCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_step(self, progress):
+        self.values.append(progress.loss)
+
+
+def _flip_signs() -> None:
+    decompose = cache.decompose
+
+    def flipped(weight: torch.Tensor) -> Decomposition:
+        U, s, Vh = decompose(weight)
+        signs = torch.where(torch.arange(len(s)) % 2 == 0, 1.0, -1.0).to(s)
+        return Decomposition(U * signs, s, signs[:, None] * Vh)
+
+    cache.decompose = flipped
+
+
+def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcomes) -> None:
+    # Without a cache no process takes its singular vectors from another one.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                   "CERSA_CACHE": "off"}  # fmt: skip
+    torch.set_num_threads(1)
+    if flip and rank == 1:
+        _flip_signs()
+    losses = Losses()
+    try:
+        train_dreambooth(config, [losses])
+        outcomes.put((rank, losses.values))
+    except Exception as error:
+        outcomes.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def train_by_two(configs: list[DreamBoothConfig], flip: bool) -> dict[int, list[float] | str]:
+    """Rank -> losses (of the first process) or error."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outcomes = context.Queue()
+    processes = [context.Process(target=_process, args=(rank, port, configs[rank], flip, outcomes)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    ended = dict(outcomes.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(60)
+    return ended
+
+
+@pytest.fixture
+def config(small_settings) -> DreamBoothConfig:
+    return DreamBoothConfig(**small_settings | {"alpha": 0.8, "learning_rate": 1e-3, "max_train_steps": STEPS})
+
+
+@pytest.mark.parametrize("method", ["cersa", pytest.param("svft", marks=pytest.mark.slow)])
+def test_flipped_signs_in_one_process_change_nothing(config, tmp_path, method):
+    config = replace(config, method=method, sparse_pattern="top_k" if method == "svft" else "banded", off_diagonals=2, alpha=0.95)
+    runs = {flip: replace(config, output_dir=str(tmp_path / str(flip))) for flip in (False, True)}
+    equal, flipped = (train_by_two([run, run], flip)[0] for flip, run in runs.items())
+    assert len(equal) == STEPS and flipped == equal
+    first, second = (load_file(next(Path(run.output_dir).glob("*.safetensors"))) for run in runs.values())
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_processes_that_keep_other_components_all_say_so(config):
+    outcomes = train_by_two([config, replace(config, alpha=0.5)], False)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].startswith("CersaError") and "[1]" in outcomes[0]
