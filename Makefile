@@ -50,10 +50,12 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --constraint .venv-lowest/constraints.txt --editable ".[$(EXTRAS_TESTED)]"
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
-# The interpreters to resolve for; of transformers 5.24 the adapters need a peft 0.22, which there is not yet.
+# transformers 5.24 wants a peft 0.22, which there is not yet. PYTHONS: the interpreters to resolve for.
 PYTHONS ?= $(PYTHON)
-constraints: $(INSTALLED)
-	$(RUN) scripts/make_constraints.py --pythons $(PYTHONS) --with "transformers<5.24" > constraints.txt.new
+constraints:
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet packaging
+	.venv-constraints/bin/python scripts/make_constraints.py --pythons $(PYTHONS) --with "transformers<5.24" > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
 check: $(INSTALLED)
