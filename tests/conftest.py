@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import cersa_diffusion as cersa
@@ -25,6 +26,10 @@ if DEVICE.type == "cpu":
 # On a busy machine the time of an example says nothing about the code.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+# A slow machine is no failure.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 def pytest_addoption(parser):

@@ -170,6 +170,7 @@ def test_unprofitable_layers_can_be_left_dense(network):
     assert isinstance(flat[0], nn.Linear) and flat[0].weight.requires_grad
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 asks for a driver for fake tensors of a GPU as well")
 def test_the_residual_is_where_the_weight_is():
     """Bases from the cache come on the CPU; on fake tensors, whose devices are checked as those of a GPU."""
     with FakeTensorMode():

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from gradio_app.page import build_page, serve
 from gradio_app.settings import AppSettings
 from gradio_app.state import App
 
-sync_api = pytest.importorskip("playwright.sync_api")
+# Set to "required" where a browser has to be there: what would be skipped for want of one fails.
+REQUIRED = os.environ.get("CERSA_TEST_BROWSER") == "required"
+sync_api = import_module("playwright.sync_api") if REQUIRED else pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 # Pictures of the page are kept there when it is set.
 SHOTS = os.environ.get("CERSA_APP_SHOTS")
+# Chromium refuses root with its sandbox on; the rest keeps it from looking for a GPU and for its maker's servers.
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 600_000  # milliseconds; a slow machine is no failure
 
 pytestmark = pytest.mark.browser
@@ -27,8 +32,8 @@ def browser():
         own = Path(playwright.chromium.executable_path)
         found = str(own) if own.exists() else shutil.which("chromium") or shutil.which("chromium-browser")
         if found is None:
-            pytest.skip("needs chromium: apt-get install chromium, or playwright install chromium")
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+            (pytest.fail if REQUIRED else pytest.skip)("needs chromium: apt-get install chromium, or playwright install chromium")
+        started = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield started
         started.close()
 
