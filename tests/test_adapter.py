@@ -7,13 +7,15 @@ import stat
 
 import pytest
 import safetensors
+import scipy.linalg
 import torch
 from torch import nn
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError, NonFiniteError
 from cersa_diffusion.baselines import svfit_config, svft_config
-from cersa_diffusion.functional import Decomposition, decompose
+from cersa_diffusion.functional import Decomposition, Pivots, decompose
+from cersa_diffusion.inject import cersa_layers
 
 from .adapter_files import damage
 from .conftest import train
@@ -185,3 +187,29 @@ def test_every_setting_saves_and_loads(network, config, tmp_path):
     torch.testing.assert_close(network(x), model(x), rtol=5e-3, atol=5e-3)
     cersa.restore_base(network)
     assert isinstance(network[0], nn.Linear)
+
+
+def test_a_file_whose_pivots_are_those_of_a_pivoted_qr_loads_as_exactly(trained, tmp_path):
+    """As earlier releases chose them."""
+    base, model = trained
+    for layer in cersa_layers(model).values():
+        orders = [scipy.linalg.qr(basis.double().numpy(), mode="r", pivoting=True)[1] for basis in (layer.U.T, layer.Vh)]
+        rows, columns = (torch.from_numpy(order[: layer.kept_rank]).long() for order in orders)
+        assert not torch.equal(rows, layer.pivots(layer.kept_rank).rows)
+        layer._pivots = {0: Pivots(rows, columns)}
+    cersa.save_adapter(model, tmp_path / "a.safetensors", dtype=torch.float32)
+    cersa.load_adapter(base, tmp_path / "a.safetensors", show_progress=False)
+    assert max(change_errors(base, model)) <= 1e-5
+
+
+def test_pivots_are_chosen_once_and_with_the_decomposition(trained, tmp_path, monkeypatch):
+    _, model = trained
+
+    def chosen_again(U, Vh):
+        raise AssertionError("pivots were chosen again")
+
+    monkeypatch.setattr("cersa_diffusion.linear.choose_pivots", chosen_again)
+    cersa.save_adapter(model, tmp_path / "a.safetensors")
+    model.load_state_dict(model.state_dict())  # may bring other bases
+    with pytest.raises(AssertionError, match="chosen again"):
+        cersa.save_adapter(model, tmp_path / "b.safetensors")

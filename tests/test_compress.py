@@ -239,6 +239,16 @@ def test_tied_weights_are_refused_and_others_survive(tmp_path):
     torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["AutoModel", "CLIPTextConfig", "is_torch_available", 7])
+def test_an_architecture_that_is_no_class_of_models_is_refused(architecture, tmp_path):
+    text_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"architectures": [architecture]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=str(architecture)):
+        cersa.compress(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_left_when_a_weight_is_damaged(tmp_path):
     text_model(tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
