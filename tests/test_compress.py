@@ -128,9 +128,9 @@ def test_adapter_of_the_dense_base_loads_on_top_and_unloads(base_path, compresse
     assert_same(factors(pipe.unet), before)
 
 
-def test_adapter_of_another_energy_share_is_refused_by_name(base_path, compressed_base, tmp_path):
+def test_adapter_of_a_larger_energy_share_is_refused_by_name(base_path, compressed_base, tmp_path):
     dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
-    cersa.inject_cersa(dense.unet, CersaConfig(alpha=0.7), show_progress=False)
+    cersa.inject_cersa(dense.unet, CersaConfig(alpha=0.99), show_progress=False)
     cersa.save_adapter({"unet": dense.unet}, tmp_path / "adapter.safetensors")
     pipe = cersa.load_compressed(compressed_base)
     with pytest.raises(ConfigError, match=r"keeps .* components"):
