@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cersa_diffusion.adapter_file import AdapterFile, StoredLayer, read_adapter_file, write_adapter_file
+from cersa_diffusion.adapter_room import check_room, warn_of_other_truncation
 from cersa_diffusion.checkpoint import Checkpoint, StoredWeight, finest_weight
 from cersa_diffusion.cores import MatrixCore
 from cersa_diffusion.decomposition import LayerJob, decompose_layers
@@ -117,8 +118,9 @@ def load_adapter(
 ) -> None:
     """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file brings the bases.
 
-    All or nothing: everything is read, checked and computed before the first layer is replaced. What is decomposed is the weight
-    as the checkpoint on disk stores it, where memory holds it in fewer bits (see `cersa_diffusion.checkpoint`).
+    All or nothing: everything is read, checked and computed before the first layer is replaced. Layers that carry an adapter
+    already stay as they are cut, with a warning where this one was trained with another number of components. What is decomposed
+    is the weight as the checkpoint on disk stores it, where memory holds it in fewer bits (see `cersa_diffusion.checkpoint`).
 
     Args:
         model: a model of the base that the adapter was trained on, or the components of a pipeline by name.
@@ -133,7 +135,8 @@ def load_adapter(
     Raises:
         AdapterFormatError: the file cannot be read, or holds NaN.
         BaseMismatchError: the model lacks layers of the file, has other shapes or other weights.
-        ConfigError: the adapter name is taken, or the model holds cores of other ranks.
+        ConfigError: the adapter name is taken, or layers that are loaded already keep too few components for it, or keep a
+            residual that it was trained without (or the other way round).
         NonFiniteError: NaN or infinity in a weight of the model.
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
@@ -142,7 +145,7 @@ def load_adapter(
     dense: dict[str, dict[str, nn.Linear]] = {component: {} for component in components}
     for target in targets.values():
         if isinstance(target.module, CersaLinear):
-            _check_room(target, adapter_name)
+            check_room(f"{target.component}.{target.name}", target.module, target.stored, adapter_name)
         else:
             dense[target.component][target.name] = target.module
     for component, layers in dense.items():
@@ -153,12 +156,13 @@ def load_adapter(
     for key, _, core, _ in prepared:
         if core is None:
             raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
+    warn_of_other_truncation(((key, place.module, place.stored) for key, place in targets.items()), adapter.source)
     facts = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
     with all_or_nothing(*components.values()):
         for key, layer, values, _ in prepared:
             component, name, module, stored = targets[key]
             core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
-            core.facts = facts
+            core.facts, core.trained_kept_rank = facts, stored.kept_rank
             layer.add_core(adapter_name, core, strength)
             if module is not layer:
                 replace_module(components[component], name, layer)
@@ -192,6 +196,10 @@ def _store(
     change = float64(core.dense())
     if not torch.isfinite(change).all():
         raise NonFiniteError(f"layer {key}: the adapter holds NaN or infinity (training diverged?), nothing was written")
+    # Of a loaded core: what it was trained with, also where the layer it came to keeps more.
+    kept_rank = core.trained_kept_rank or layer.kept_rank
+    if save_bases:
+        kept_rank = min(kept_rank, layer.kept_rank)  # the others are not here
     region = slice(core.offset, core.offset + core.rank)
     U, Vh = layer.U[:, region], layer.Vh[region]
     rows, columns = layer.pivots(core.rank, core.offset)
@@ -208,12 +216,12 @@ def _store(
         scale=math.prod(scales),
         out_features=layer.out_features,
         in_features=layer.in_features,
-        kept_rank=layer.kept_rank,
+        kept_rank=kept_rank,
         offset=core.offset,
         residual_kept=layer.residual is not None,
-        leading_singular_values=tuple(layer.s[:SINGULAR_VALUES].tolist()),
+        leading_singular_values=tuple(layer.s[: min(SINGULAR_VALUES, kept_rank)].tolist()),
         entries=layer.base_entries,
-        bases=_stored_bases(layer, dtype) if save_bases else None,
+        bases=_stored_bases(layer, kept_rank, dtype) if save_bases else None,
     )
     size = float(change.norm())
     if not size:
@@ -227,10 +235,11 @@ def _power_of_two(tensor: torch.Tensor) -> float:
     return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
-def _stored_bases(layer: CersaLinear, dtype: torch.dtype) -> Decomposition:
+def _stored_bases(layer: CersaLinear, kept_rank: int, dtype: torch.dtype) -> Decomposition:
     # Orthonormal columns have no use for the range of bfloat16, but for the digits of float16.
     narrow = torch.float32 if dtype == torch.float32 else torch.float16
-    return Decomposition(layer.U.to("cpu", narrow), layer.s.to("cpu", torch.float32), layer.Vh.to("cpu", narrow))
+    U, s, Vh = layer.U[:, :kept_rank], layer.s[:kept_rank], layer.Vh[:kept_rank]
+    return Decomposition(U.to("cpu", narrow), s.to("cpu", torch.float32), Vh.to("cpu", narrow))
 
 
 def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) -> dict[str, Target]:
@@ -295,17 +304,6 @@ def _base_name(adapter: AdapterFile) -> str:
     return f" ({name})" if name else ""
 
 
-def _check_room(target: Target, adapter_name: str) -> None:
-    layer, stored = target.module, target.stored
-    if adapter_name in layer.cores:
-        raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name or unload it")
-    if layer.kept_rank != stored.kept_rank or (layer.residual is not None) != stored.residual_kept:
-        raise ConfigError(
-            f"layer {target.component}.{target.name} keeps {layer.kept_rank} components, the adapter was trained with "
-            f"{stored.kept_rank} (or with the residual kept in one and dropped in the other): unload the loaded adapter first"
-        )
-
-
 class _Prepared(NamedTuple):
     """A layer ready to be put in its place, its core (None: it cannot be solved for), and difference and excess of its base."""
 
@@ -353,7 +351,7 @@ def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight
 
 
 def _difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
-    return base_difference(singular_values, entries, stored.leading_singular_values, stored.entries)
+    return base_difference(singular_values, entries, stored.leading_singular_values[: len(singular_values)], stored.entries)
 
 
 def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | None:

@@ -27,6 +27,7 @@ from cersa_diffusion.compressed import (
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.decomposition import LayerJob, decompose_layers
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.files import flush, flush_tree
 from cersa_diffusion.fingerprint import SINGULAR_VALUES, base_entries
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.inject import check_untied, match_targets
@@ -259,7 +260,9 @@ def _replaced_when_complete(output_dir: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        flush_tree(temporary)
         os.replace(temporary, output_dir)
+        flush(output_dir.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -98,8 +98,12 @@ def load_compressed(
     from diffusers import DiffusionPipeline
 
     variant = read_description(folder / compressed[0])[1].get("variant")
-    options = {"dtype": dtype, "variant": variant, **components, **pipeline_kwargs}
-    pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, **components, **pipeline_kwargs}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder}: cannot be loaded from safetensors ({reason}); pickles are not read") from error
     return pipeline.to(device) if device is not None else pipeline
 
 
@@ -131,6 +135,23 @@ def pipeline_entry(index: dict, component: str, folder: Path) -> tuple[str, str]
     return entry[0], entry[1]
 
 
+def find_class(folder: Path, library: str, class_name: str) -> type[nn.Module]:
+    """The class of models that a model folder names.
+
+    Raises:
+        ConfigError: the installed library has no such class, or it is not one of models.
+    """
+    module = import_module(library)
+    cls = getattr(module, str(class_name), None)
+    base = module.ModelMixin if library == "diffusers" else module.PreTrainedModel
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise ConfigError(
+            f"{folder}: {library} {module.__version__} has no class of models {class_name!r} (a {base.__name__}): install the "
+            "release it needs"
+        )
+    return cls
+
+
 def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
     """The model of a folder with its parameters on the meta device and its buffers in place.
 
@@ -140,10 +161,7 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
     # Imported here: only the library that is needed, and accelerate takes its time.
     from accelerate import init_empty_weights
 
-    module = import_module(library)
-    cls = getattr(module, class_name, None)
-    if cls is None:
-        raise ConfigError(f"{folder}: {library} {module.__version__} has no class {class_name!r}: install the release it needs")
+    cls = find_class(folder, library, class_name)
     try:
         with init_empty_weights():
             if library == "diffusers":

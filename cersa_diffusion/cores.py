@@ -42,6 +42,8 @@ class Core(KeepsFloat32):
         self.rank, self.offset = rank, offset
         # Of a core that was loaded: what the file's header says about settings, base and training, to be saved again.
         self.facts: dict[str, dict] = {}
+        # Of a core that was loaded: how many components its layer kept in training, to be saved again; None: as many as now.
+        self.trained_kept_rank: int | None = None
 
     def compact(self) -> Tensor:
         """The change as the forward pass wants it: (r, r) or, where it is diagonal, (r,)."""

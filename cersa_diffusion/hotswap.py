@@ -69,4 +69,4 @@ def _copy(old: MatrixCore, new: Core | None) -> None:
         if new is not None:
             start = new.offset - old.offset
             old.D[start : start + new.rank, start : start + new.rank] = new.dense()
-            old.facts = new.facts
+            old.facts, old.trained_kept_rank = new.facts, new.trained_kept_rank

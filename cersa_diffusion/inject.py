@@ -19,6 +19,9 @@ from cersa_diffusion.functional import Decomposition, Pivots, float64, kept_ener
 from cersa_diffusion.linear import CersaLinear, FusedLinear
 from cersa_diffusion.memory import is_profitable
 
+# Dtypes of weights with enough digits for a decomposition; those of fewer bits are quantised, with scales of their own.
+DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -117,7 +120,7 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """Refuses layers that cannot be decomposed, before anything is changed.
 
     Raises:
-        ConfigError: a meta tensor, a non-floating dtype, or a weight that two modules share.
+        ConfigError: a meta tensor, a quantised weight (whatever dtype it claims), or a weight that two modules share.
         NonFiniteError: NaN or infinity in a weight.
     """
     check_untied(model, layers)
@@ -127,8 +130,11 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             raise ConfigError(f"layer {name} is on the meta device: load the weights before injecting")
         if isinstance(layer, FusedLinear):
             raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
-        if not weight.is_floating_point():
-            raise ConfigError(f"layer {name} has dtype {weight.dtype}, expected a floating dtype: dequantise it or exclude it")
+        if weight.dtype not in DECOMPOSABLE or type(weight) not in (torch.Tensor, nn.Parameter):
+            raise ConfigError(
+                f"layer {name} holds a {type(weight).__name__} of {weight.dtype}, expected a plain weight in one of "
+                f"{', '.join(str(dtype) for dtype in DECOMPOSABLE)}: dequantise it (without layerwise casting) or exclude it"
+            )
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"layer {name} holds NaN or infinity: this checkpoint is damaged")
 

@@ -7,13 +7,16 @@ import stat
 
 import pytest
 import safetensors
+import scipy.linalg
 import torch
 from torch import nn
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError, NonFiniteError
+from cersa_diffusion.adapter_file import read_adapter_file
 from cersa_diffusion.baselines import svfit_config, svft_config
-from cersa_diffusion.functional import Decomposition, decompose
+from cersa_diffusion.functional import Decomposition, Pivots, decompose
+from cersa_diffusion.inject import cersa_layers
 
 from .adapter_files import damage
 from .conftest import train
@@ -185,3 +188,87 @@ def test_every_setting_saves_and_loads(network, config, tmp_path):
     torch.testing.assert_close(network(x), model(x), rtol=5e-3, atol=5e-3)
     cersa.restore_base(network)
     assert isinstance(network[0], nn.Linear)
+
+
+def test_a_file_whose_pivots_are_those_of_a_pivoted_qr_loads_as_exactly(trained, tmp_path):
+    """As earlier releases chose them."""
+    base, model = trained
+    for layer in cersa_layers(model).values():
+        orders = [scipy.linalg.qr(basis.double().numpy(), mode="r", pivoting=True)[1] for basis in (layer.U.T, layer.Vh)]
+        rows, columns = (torch.from_numpy(order[: layer.kept_rank]).long() for order in orders)
+        assert not torch.equal(rows, layer.pivots(layer.kept_rank).rows)
+        layer._pivots = {0: Pivots(rows, columns)}
+    cersa.save_adapter(model, tmp_path / "a.safetensors", dtype=torch.float32)
+    cersa.load_adapter(base, tmp_path / "a.safetensors", show_progress=False)
+    assert max(change_errors(base, model)) <= 1e-5
+
+
+def test_pivots_are_chosen_once_and_with_the_decomposition(trained, tmp_path, monkeypatch):
+    _, model = trained
+
+    def chosen_again(U, Vh):
+        raise AssertionError("pivots were chosen again")
+
+    monkeypatch.setattr("cersa_diffusion.linear.choose_pivots", chosen_again)
+    cersa.save_adapter(model, tmp_path / "a.safetensors")
+    model.load_state_dict(model.state_dict())  # may bring other bases
+    with pytest.raises(AssertionError, match="chosen again"):
+        cersa.save_adapter(model, tmp_path / "b.safetensors")
+
+
+def trained_with(network: nn.Module, path, **settings) -> nn.Module:
+    model = copy.deepcopy(network)
+    cersa.inject_cersa(model, CersaConfig(**settings), show_progress=False)
+    train(model)
+    cersa.save_adapter(model, path, dtype=torch.float32)
+    return model
+
+
+@pytest.mark.parametrize(("first", "second"), [({"alpha": 0.95}, {"alpha": 0.8}), ({"alpha": 0.8}, {"alpha": 0.95, "beta": 0.6})])
+def test_adapters_of_different_alpha_on_one_model(network, first, second, tmp_path):
+    """Exact where the second one's core lies within what the first one's layers keep; the truncated base is the first one's."""
+    trained_with(network, tmp_path / "a.safetensors", **first)
+    expected = trained_with(network, tmp_path / "b.safetensors", **second)
+    model = copy.deepcopy(network)
+    cersa.load_adapter(model, tmp_path / "a.safetensors", adapter_name="a", show_progress=False)
+    truncated = [layer.effective_weight({}) for layer in cersa_layers(model).values()]
+    with pytest.warns(UserWarning, match=r"b\.safetensors.* 3 of 3 layers"):
+        cersa.load_adapter(model, tmp_path / "b.safetensors", adapter_name="b", show_progress=False)
+    alone = {"b": 1.0}
+    for name, layer in cersa_layers(expected).items():
+        change = layer.weight_change()
+        error = (model.get_submodule(name).weight_change(alone) - change).norm() / change.norm()
+        assert error < 1e-5
+    assert all(
+        torch.equal(layer.effective_weight({}), base) for layer, base in zip(cersa_layers(model).values(), truncated, strict=True)
+    )
+    # Saved again it is the adapter that it was, with the truncation it was trained on.
+    cersa.save_adapter(model, tmp_path / "c.safetensors", adapter_name="b", dtype=torch.float32)
+    again = copy.deepcopy(network)
+    cersa.load_adapter(again, tmp_path / "c.safetensors", show_progress=False)
+    for name, layer in cersa_layers(expected).items():
+        assert again.get_submodule(name).kept_rank == layer.kept_rank
+        torch.testing.assert_close(again.get_submodule(name).effective_weight(), layer.effective_weight(), rtol=1e-4, atol=1e-5)
+    cersa.delete_adapters(model, "b")
+    assert cersa.adapter_names(model) == ["a"]
+
+
+def test_an_adapter_that_changes_more_than_is_kept_is_refused(network, tmp_path):
+    trained_with(network, tmp_path / "small.safetensors", alpha=0.8)
+    trained_with(network, tmp_path / "large.safetensors", alpha=0.95)
+    cersa.load_adapter(network, tmp_path / "small.safetensors", show_progress=False)
+    with pytest.raises(ConfigError, match=r"layer model\.0 keeps"):
+        cersa.load_adapter(network, tmp_path / "large.safetensors", adapter_name="large", show_progress=False)
+    assert cersa.adapter_names(network) == ["default"]
+
+
+def test_bases_are_saved_as_far_as_they_are_here(network, tmp_path):
+    for name, settings in (("small", {"alpha": 0.8}), ("block", {"alpha": 0.95, "beta": 0.6})):
+        trained_with(network, tmp_path / f"{name}.safetensors", **settings)
+    cersa.load_adapter(network, tmp_path / "small.safetensors", adapter_name="small", show_progress=False)
+    with pytest.warns(UserWarning, match="components"):
+        cersa.load_adapter(network, tmp_path / "block.safetensors", adapter_name="block", show_progress=False)
+    cersa.save_adapter(network, tmp_path / "whole.safetensors", adapter_name="block", save_bases=True)
+    saved = read_adapter_file(tmp_path / "whole.safetensors").layers
+    for name, layer in cersa_layers(network).items():
+        assert saved[f"model.{name}"].kept_rank == saved[f"model.{name}"].bases.U.shape[1] == layer.kept_rank

@@ -1,6 +1,7 @@
 """`cersa info`, `diff`, `export-lora` and `merge` on real files."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -101,15 +102,18 @@ def text_adapter(base_path, tmp_path_factory):
     return path, pipeline
 
 
-def test_export_lora_as_a_command(text_adapter, tmp_path, capsys):
-    main(["export-lora", str(text_adapter[0]), str(tmp_path / "lora.safetensors"), "--rank", "16", "--format", "kohya"])
+def test_export_lora_as_a_command(text_adapter, base_path, tmp_path, capsys):
+    command = ["export-lora", str(text_adapter[0]), str(tmp_path / "lora.safetensors"), "--rank", "16", "--format", "kohya"]
+    main([*command, "--base", str(base_path)])
     shown = capsys.readouterr().out
     assert "8 layers, rank 16" in shown and "on the original base" in shown and "text_encoder q_proj" in shown
     assert len(load_file(tmp_path / "lora.safetensors")) == 24
 
 
-def test_merge_as_a_command(text_adapter, tmp_path, capsys):
-    main(["merge", str(text_adapter[0]), str(tmp_path / "merged")])
+def test_merge_as_a_command(text_adapter, base_path, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=re.escape(str(base_path))):
+        main(["merge", str(text_adapter[0]), str(tmp_path / "merged")])
+    main(["merge", str(text_adapter[0]), str(tmp_path / "merged"), "--base", str(base_path)])
     assert "8 layers merged" in capsys.readouterr().out
     merged = DiffusionPipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(24)[None]
@@ -118,5 +122,5 @@ def test_merge_as_a_command(text_adapter, tmp_path, capsys):
 
 
 def test_a_base_that_is_not_there_is_one_line(text_adapter, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: base .*nowhere: cannot be loaded"):
+    with pytest.raises(SystemExit, match="nowhere"):
         main(["merge", str(text_adapter[0]), str(tmp_path / "merged"), "--base", str(tmp_path / "nowhere")])

@@ -128,9 +128,9 @@ def test_adapter_of_the_dense_base_loads_on_top_and_unloads(base_path, compresse
     assert_same(factors(pipe.unet), before)
 
 
-def test_adapter_of_another_energy_share_is_refused_by_name(base_path, compressed_base, tmp_path):
+def test_adapter_of_a_larger_energy_share_is_refused_by_name(base_path, compressed_base, tmp_path):
     dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
-    cersa.inject_cersa(dense.unet, CersaConfig(alpha=0.7), show_progress=False)
+    cersa.inject_cersa(dense.unet, CersaConfig(alpha=0.99), show_progress=False)
     cersa.save_adapter({"unet": dense.unet}, tmp_path / "adapter.safetensors")
     pipe = cersa.load_compressed(compressed_base)
     with pytest.raises(ConfigError, match=r"keeps .* components"):
@@ -237,6 +237,16 @@ def test_tied_weights_are_refused_and_others_survive(tmp_path):
     model, tokens = cersa.load_compressed(tmp_path / "small"), torch.arange(8).reshape(2, 4)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["AutoModel", "CLIPTextConfig", "is_torch_available", 7])
+def test_an_architecture_that_is_no_class_of_models_is_refused(architecture, tmp_path):
+    text_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"architectures": [architecture]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=str(architecture)):
+        cersa.compress(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_left_when_a_weight_is_damaged(tmp_path):

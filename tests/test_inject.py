@@ -191,3 +191,23 @@ def test_a_model_that_looks_at_the_dtype_of_its_layers():
         before = model(ids).last_hidden_state
         cersa.inject_cersa(model, CersaConfig(alpha=1.0), show_progress=False)
         assert torch.allclose(model(ids).last_hidden_state, before, atol=1e-5)
+
+
+class QuantisedTensor(torch.Tensor):
+    """As of torchao: claims a floating dtype, and its numbers are not in its storage."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        (torch.zeros(6, 8).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(6, 8).to(torch.int8), "int8"),
+        (torch.zeros(6, 8).as_subclass(QuantisedTensor), "QuantisedTensor"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(weight, named):
+    model = nn.Sequential(nn.Linear(8, 6))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ConfigError, match=rf"layer 0 .*{named}"):
+        cersa.inject_cersa(model, CersaConfig(), show_progress=False)
+    assert type(model[0]) is nn.Linear

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import safetensors
@@ -15,7 +14,14 @@ from transformers.utils import logging
 
 from cersa_diffusion.adapter import load_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME, HEADER_ENTRY
-from cersa_diffusion.compressed import DESCRIPTION_NAME, PIPELINE_INDEX, load_compressed, local_folder, model_class
+from cersa_diffusion.compressed import (
+    DESCRIPTION_NAME,
+    PIPELINE_INDEX,
+    find_class,
+    load_compressed,
+    local_folder,
+    model_class,
+)
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import merge, name_matches
 from cersa_diffusion.linear import CersaLinear
@@ -93,17 +99,18 @@ def open_dense(source: Source, revision: str | None = None) -> dict[str, nn.Modu
 
 def _load(folder: Path) -> Opened:
     library, class_name = model_class(folder)
-    cls = getattr(import_module(library), class_name, None)
-    if cls is None:
-        raise ConfigError(f"{folder}: {library} has no class {class_name!r}: install the release it needs")
+    cls = find_class(folder, library, class_name)
     dtype = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
     verbosity = logging.get_verbosity()
     try:
         # Silences the report of weights that the checkpoint lacks: no analysis looks at them.
         logging.set_verbosity_error()
-        model, loading = cls.from_pretrained(str(folder), output_loading_info=True, **dtype)
+        model, loading = cls.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **dtype)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: cannot be loaded as {class_name} ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{folder}: cannot be loaded as {class_name} from safetensors ({reason}); pickles are not read"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     return Opened({"model": model.eval()}, unstored=frozenset(key.rpartition(".")[0] for key in loading["missing_keys"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from cersa_diffusion.comparing.study import BASE_ROW, Study
 from cersa_diffusion.comparing.subjects import Subject
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import atomic_write
 
 TRAINING_FILE = "training.json"
 CLASS_PICTURES = "class_pictures"
@@ -107,11 +108,10 @@ def _differences(expected: Mapping, found: Mapping, prefix: str = "") -> Iterato
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a kill leaves the old one or the new one, never a half."""
+    """Writes a text file so that a kill or a power cut leaves the old one or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: object) -> None:

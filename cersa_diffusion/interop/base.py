@@ -8,25 +8,31 @@ from cersa_diffusion.adapter_file import AdapterFile
 from cersa_diffusion.errors import ConfigError
 
 
-def base_pipeline(adapter: AdapterFile, base: str | os.PathLike | None = None, dtype: torch.dtype = torch.float32):
-    """Loads the base of an adapter.
+def base_pipeline(adapter: AdapterFile, base: str | os.PathLike | None, dtype: torch.dtype = torch.float32):
+    """Loads the base of an adapter, from safetensors only.
+
+    What a file says about its base is shown, never followed: whoever wrote the file could have this machine open any folder and
+    download any repository.
 
     Args:
         adapter: the file's content.
-        base: folder or hub id of a pipeline; default: what the file names.
+        base: folder or hub id of a pipeline.
         dtype: of the weights.
 
     Raises:
-        ConfigError: no base is named, or it cannot be loaded.
+        ConfigError: no base is given (the message says what the file names), or it cannot be loaded.
     """
     # Imported here: the core of the package works without diffusers.
     from diffusers import DiffusionPipeline
 
-    name = adapter.base_model.get("name_or_path") if base is None else base
-    if not isinstance(name, str | os.PathLike) or not str(name):
-        raise ConfigError(f"{adapter.source} does not name its base: say which pipeline to load (base)")
+    if base is None:
+        named = adapter.base_model.get("name_or_path")
+        hint = f"it names {str(named)[:200]!a}" if named else "it names none"
+        raise ConfigError(f"{adapter.source}: say which base pipeline to load (base, or --base): {hint}")
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"base {name}: cannot be loaded as a pipeline ({reason}): pass another base") from error
+        raise ConfigError(
+            f"base {base}: cannot be loaded as a pipeline from safetensors ({reason}); pickles are not read: pass another base"
+        ) from error

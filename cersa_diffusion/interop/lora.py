@@ -8,7 +8,6 @@ file is used on the original one. How much that matters is measured, not guessed
 
 import json
 import os
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from cersa_diffusion.adapter import components_of, load_adapter
 from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.files import atomic_write
 from cersa_diffusion.functional import float64
 from cersa_diffusion.inject import cersa_layers, restore_base
 from cersa_diffusion.interop.base import base_pipeline
@@ -107,8 +107,8 @@ def export_lora(
             with zeros.
         format: "diffusers" (PEFT keys and metadata) or "kohya" (ComfyUI, Forge, A1111, InvokeAI; UNet pipelines only).
         dtype: of the file.
-        base: for a file: what to decompose, as a pipeline, a model, components, or the folder or hub id of a pipeline; default:
-            what the file names. It is left as it was.
+        base: for a file: what to decompose, as a pipeline, a model, components, or the folder or hub id of a pipeline; it is
+            left as it was. A file only says which one it is, and is not believed: name it.
         inputs: component -> (arguments, keyword arguments) of a forward pass, to measure output differences with; default: what
             the components are given when the pipeline draws `prompt`.
         prompt: see `inputs`.
@@ -155,12 +155,8 @@ def _export(source, components, path: Path, rank: int, format: Format, dtype, in
     keys = _diffusers_file(components, factors, rank) if format == "diffusers" else _kohya_file(components, factors, rank)
     content = save({name: tensor.contiguous().cpu() for name, tensor in keys[0].items()}, metadata=keys[1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return LoraExport(path, format, rank, len(content), layers, differences)
 
 

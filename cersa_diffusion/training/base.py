@@ -58,13 +58,15 @@ def load_base(
         diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
         found = _found_family(name_or_path, family, revision)
         pipeline = found.pipeline_class.from_pretrained(
-            name_or_path, dtype=dtype, revision=revision, variant=variant, **found.loading
+            name_or_path, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **found.loading
         )
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"base {name_or_path}: cannot be loaded as a text-to-image pipeline ({reason})") from error
+        raise ConfigError(
+            f"base {name_or_path}: cannot be loaded as a text-to-image pipeline from safetensors ({reason}); pickles are not read"
+        ) from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import stat
 
 import pytest
@@ -130,8 +131,14 @@ def test_a_file_and_its_base(trained, tmp_path):
     tensors = load_file(tmp_path / "lora.safetensors")
     change = tensors["model.0.lora_B.weight"] @ tensors["model.0.lora_A.weight"]
     assert relative(change, model[0].weight_change()) < 1e-4
-    with pytest.raises(ConfigError, match="does not name its base"):
+
+
+def test_a_base_that_only_the_file_names_is_told_and_not_opened(trained, base_path, tmp_path):
+    _, model = trained
+    cersa.save_adapter(model, tmp_path / "adapter.safetensors", base_model={"name_or_path": str(base_path)})
+    with pytest.raises(ConfigError, match=re.escape(str(base_path))):
         cersa.export_lora(tmp_path / "adapter.safetensors", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_what_cannot_be_exported(trained, tmp_path):
