@@ -119,7 +119,8 @@ def load_base(
         The model, and the names of the modules of its head.
 
     Raises:
-        ConfigError: no such folder or model, or the architecture has no classifier for this kind of input.
+        ConfigError: no such folder or model, only pickled weights in it, or the architecture has no classifier for this kind of
+            input.
     """
     verbosity = logging.get_verbosity()
     try:
@@ -132,9 +133,13 @@ def load_base(
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {name_or_path}: cannot be loaded as a classifier ({_reason(error)})") from error
+        raise ConfigError(
+            f"model {name_or_path}: cannot be loaded as a classifier ({_reason(error)}); "
+            "only safetensors files are read, no pickles (pytorch_model.bin)"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     own = [

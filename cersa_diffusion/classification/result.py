@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -13,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from cersa_diffusion.adapter import load_adapter, save_adapter
 from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
 from cersa_diffusion.classification.model import KINDS, Classifier, load_base
-from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.methods import CERSA_METHODS, LORA_METHODS
 
@@ -111,10 +112,27 @@ def load_classifier(folder: str | Path, *, dtype: torch.dtype = torch.float32) -
         return KINDS[kind].model.from_pretrained(folder, config=config, dtype=dtype).eval(), processor
     model, _ = load_base(kind, base["name_or_path"], config, revision=base["revision"], dtype=dtype)
     if method in LORA_METHODS:
-        return PeftModel.from_pretrained(model, folder).eval(), processor
+        return _load_lora(model, folder).eval(), processor
     load_adapter(model, folder / DEFAULT_FILE_NAME, keep_base=False)
     load_head(model, folder / HEAD_FILE)
     return model.eval(), processor
+
+
+def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    path = folder / LORA_FILE
+    try:
+        stored = load_file(path)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFormatError(f"{path}: not a readable LoRA ({error}): train it again") from error
+    except (RuntimeError, KeyError) as error:
+        raise BaseMismatchError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:500]}") from error
+    # peft only warns of layers that the file says nothing about, and passes over those that the model does not have. Without the
+    # option it would look for the base's configuration, on the hub if need be.
+    different = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ stored.keys())
+    if different:
+        raise BaseMismatchError(f"{path}: {different[0]} is in the file or in {type(model).__name__}, expected in both")
+    return adapted
 
 
 def load_head(model: PreTrainedModel, path: str | Path) -> None:

@@ -67,7 +67,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def open(cls, weights_path: Path, base: str, **options) -> DiffusionPipeline:
-        """Opens a result in a fresh pipeline, through the loader its users have.
+        """Opens a result in a fresh pipeline, to what `opening` makes of it.
 
         Args:
             weights_path: what `save` returned.
@@ -204,7 +204,7 @@ def load_result(
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
-    """Opens the result of a run in a fresh pipeline, through the loader its users have.
+    """Opens the result of a run in a fresh pipeline, to what the lines printed at the end of the run make of it.
 
     Args:
         method: a key of `METHODS`.

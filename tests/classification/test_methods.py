@@ -1,11 +1,14 @@
 """Every method on every architecture: trains, saves, and opens to the same logits."""
 
 import re
+import shutil
 
 import pytest
 import torch
+import transformers.integrations.peft
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -16,10 +19,10 @@ from transformers import (
 )
 
 import cersa_diffusion as cersa
-from cersa_diffusion import ConfigError
+from cersa_diffusion import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.classification import ClassifierSettings, RunArguments, load_classifier
 from cersa_diffusion.classification.model import load_config, load_for_training, load_processor
-from cersa_diffusion.classification.result import load_head
+from cersa_diffusion.classification.result import load_head, save_classifier
 from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.classification.trainer import ClassifierTrainer
 from cersa_diffusion.inject import match_targets
@@ -90,6 +93,56 @@ def test_trained_saved_and_opened_gives_the_same_logits(name, method, model_path
     assert (after - before).norm() > 0.05 * before.norm()
     assert (logits(model, name) - after).norm() <= LIMITS[method] * after.norm()
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora"])
+def test_transformers_need_not_accept_the_installed_peft(method, model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "99")
+    classifier = prepared("bert", model_path, method=method, **OPTIONS[method])
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = ClassifierTrainer(classifier, args=arguments(tmp_path, **options), train_dataset=examples("bert"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "result"))
+    expected = logits(classifier.model, "bert")
+    assert (logits(load_classifier(tmp_path / "result")[0], "bert") - expected).norm() <= LIMITS[method] * expected.norm()
+    again = prepared("bert", model_path, method=method, **OPTIONS[method])
+    resumed = ClassifierTrainer(again, args=arguments(tmp_path, **options), train_dataset=examples("bert"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(again.model, "bert"), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"query.lora_B": None}, BaseMismatchError, r"query\.lora_B"),
+        ({"query.lora_A": "nothing.lora_A"}, BaseMismatchError, r"nothing\.lora_A|query\.lora_A"),
+        ({"classifier": None}, BaseMismatchError, "classifier"),
+    ],
+)
+def test_a_lora_that_lacks_tensors_or_has_others_is_refused(changes, error, named, model_path, tmp_path):
+    classifier = prepared("bert", model_path, method="lora", rank=2)
+    path = save_classifier(classifier, tmp_path, {})
+    [(old, new)] = changes.items()
+    tensors = load_file(path)
+    name = next(name for name in tensors if old in name)
+    tensor = tensors.pop(name)
+    if new is not None:
+        tensors[name.replace(old, new)] = tensor
+    save_file(tensors, path)
+    with pytest.raises(error, match=named):
+        load_classifier(tmp_path)
+    path.write_bytes(b"broken")
+    with pytest.raises(AdapterFormatError, match=path.name):
+        load_classifier(tmp_path)
+
+
+def test_a_pickled_base_is_not_read(model_path, tmp_path):
+    shutil.copytree(model_path("bert"), tmp_path / "pickled")
+    weights = tmp_path / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"pickled: .*safetensors.* pickles"):
+        prepared("bert", lambda _: tmp_path / "pickled", method="lora")
 
 
 @pytest.mark.parametrize("method", ["cersa", "svft", "lora", "pissa", "full"])

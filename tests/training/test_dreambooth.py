@@ -49,7 +49,7 @@ def states_of(pipeline) -> torch.Tensor:
 
 @pytest.mark.parametrize(("method", "limit"), [("cersa", 5e-3), ("lora", 1e-5), ("full", 1e-6)])
 def test_saved_result_opens_to_the_trained_model(settings, method, limit, tmp_path):
-    """The stock loaders for LoRA and full fine-tuning, ours for CERSA (stored in 16 bit)."""
+    """The stock loader for full fine-tuning, ours for LoRA and for CERSA (stored in 16 bit)."""
     config = DreamBoothConfig(**settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
     untouched = load_base(config.pretrained_model_name_or_path)

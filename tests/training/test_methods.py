@@ -46,7 +46,7 @@ def distances(first, second) -> list[float]:
     [("cersa", 5e-3), ("svfit", 5e-3), ("svft", 5e-3), ("lora", 1e-5), ("pissa", 1e-4), ("dora", 1e-5), ("full", 1e-6)],
 )
 def test_result_opens_to_the_trained_model(method, limit, small_settings, tmp_path):
-    """The stock loaders for the LoRA family and full fine-tuning, ours for cores (stored in 16 bit)."""
+    """The stock loader for full fine-tuning, ours for LoRA and its kin and for cores (stored in 16 bit)."""
     config = DreamBoothConfig(**small_settings, method=method, **OPTIONS[method])
     base = load_base(config.pretrained_model_name_or_path)
     run = DreamBoothRun(config, base, Accelerator(), read_examples(config))
