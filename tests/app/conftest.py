@@ -1,6 +1,9 @@
 """A page over the smallest base with three trained runs, as objects and as a running server."""
 
+import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +24,7 @@ else:
 
 PROMPT = "a cat"
 METHODS = ("cersa", "lora", "full")
+PATIENCE = 600_000  # milliseconds; a slow machine is no failure
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +93,32 @@ def wait_for(condition, queue, seconds: float = 120.0) -> None:
             return
         deadline.wait(0.05)
     raise AssertionError(f"waited in vain: {[(job.name, job.state, job.message) for job, _ in queue.jobs()]}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, or the one that playwright has installed."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        installed = Path(playwright.chromium.executable_path)
+        program = str(installed) if installed.exists() else shutil.which("chromium") or shutil.which("chromium-browser")
+        if program is None:
+            pytest.skip("needs chromium: apt-get install chromium, or playwright install chromium")
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@contextmanager
+def opened(browser, address: str) -> Iterator:
+    """A tab of 1280 pixels with the page; no script of it may fail, and nothing that it asks for may be refused."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, complaints = context.new_page(), []
+    tab.set_default_timeout(PATIENCE)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("response", lambda answer: complaints.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+    tab.goto(address)
+    tab.get_by_role("button", name="Draw", exact=True).wait_for()
+    yield tab
+    context.close()
+    assert not complaints
