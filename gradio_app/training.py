@@ -1,5 +1,6 @@
 """From the form of the Train tab to the settings of a run, and what it would take in memory."""
 
+import copy
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -167,8 +168,18 @@ def _tokens(pipeline: DiffusionPipeline, source: str, pictures: int, resolution:
     # Not lru_cache: that would keep the pipelines in memory.
     key = (source, pictures, resolution)
     if key not in _COUNTED:
-        _COUNTED[key] = pipeline_tokens(pipeline, pictures, resolution)
+        _COUNTED[key] = pipeline_tokens(_countable(pipeline), pictures, resolution)
     return _COUNTED[key]
+
+
+def _countable(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy that shares the weights: counting puts hooks on layers that others may be drawing with."""
+    copied = copy.copy(pipeline)
+    for name in ("unet", *family_of(type(pipeline).__name__).text_encoders):
+        model = getattr(pipeline, name)
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        setattr(copied, name, copy.deepcopy(model, shared))
+    return copied
 
 
 def native_size(pipeline: DiffusionPipeline) -> int:

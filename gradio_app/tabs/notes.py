@@ -20,7 +20,7 @@ def new_note(elem_id: str) -> gr.HTML:
     Args:
         elem_id: of the element in the page.
     """
-    return gr.HTML("", elem_id=elem_id, elem_classes="note")
+    return gr.HTML("", elem_id=elem_id, elem_classes="note", padding=False)
 
 
 def say(trigger: Callable, note: Component, text: str) -> None:

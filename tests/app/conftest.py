@@ -1,6 +1,11 @@
 """A page over the smallest base with three trained runs, as objects and as a running server."""
 
+import os
+import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +26,11 @@ else:
 
 PROMPT = "a cat"
 METHODS = ("cersa", "lora", "full")
+PATIENCE = 600_000  # milliseconds; a slow machine is no failure
+# Set to "required" where a browser has to be there: what would be skipped for want of one fails.
+BROWSER_REQUIRED = os.environ.get("CERSA_TEST_BROWSER") == "required"
+# Chromium refuses root with its sandbox on; the rest keeps it from looking for a GPU and for its maker's servers.
+BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +99,37 @@ def wait_for(condition, queue, seconds: float = 120.0) -> None:
             return
         deadline.wait(0.05)
     raise AssertionError(f"waited in vain: {[(job.name, job.state, job.message) for job, _ in queue.jobs()]}")
+
+
+def playwright_api():
+    """playwright's module; without it the tests of a module are skipped, where a browser is not required."""
+    return import_module("playwright.sync_api") if BROWSER_REQUIRED else pytest.importorskip("playwright.sync_api")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, or the one that playwright has installed."""
+    with playwright_api().sync_playwright() as playwright:
+        installed = Path(playwright.chromium.executable_path)
+        program = str(installed) if installed.exists() else shutil.which("chromium") or shutil.which("chromium-browser")
+        if program is None:
+            missing = "needs chromium: apt-get install chromium, or playwright install chromium"
+            (pytest.fail if BROWSER_REQUIRED else pytest.skip)(missing)
+        started = playwright.chromium.launch(executable_path=program, args=BROWSER_ARGUMENTS)
+        yield started
+        started.close()
+
+
+@contextmanager
+def opened(browser, address: str) -> Iterator:
+    """A tab of 1280 pixels with the page; no script of it may fail, and nothing that it asks for may be refused."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, complaints = context.new_page(), []
+    tab.set_default_timeout(PATIENCE)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("response", lambda answer: complaints.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+    tab.goto(address)
+    tab.get_by_role("button", name="Draw", exact=True).wait_for()
+    yield tab
+    context.close()
+    assert not complaints

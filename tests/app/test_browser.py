@@ -2,8 +2,6 @@
 
 import os
 import re
-import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,30 +10,13 @@ from gradio_app.page import build_page, serve
 from gradio_app.settings import AppSettings
 from gradio_app.state import App
 
-# Set to "required" where a browser has to be there: what would be skipped for want of one fails.
-REQUIRED = os.environ.get("CERSA_TEST_BROWSER") == "required"
-sync_api = import_module("playwright.sync_api") if REQUIRED else pytest.importorskip("playwright.sync_api")
-expect = sync_api.expect
+from .conftest import PATIENCE, opened, playwright_api
+
+expect = playwright_api().expect
 # Pictures of the page are kept there when it is set.
 SHOTS = os.environ.get("CERSA_APP_SHOTS")
-# Chromium refuses root with its sandbox on; the rest keeps it from looking for a GPU and for its maker's servers.
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PATIENCE = 600_000  # milliseconds; a slow machine is no failure
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's chromium, or the one that playwright has installed."""
-    with sync_api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        found = str(own) if own.exists() else shutil.which("chromium") or shutil.which("chromium-browser")
-        if found is None:
-            (pytest.fail if REQUIRED else pytest.skip)("needs chromium: apt-get install chromium, or playwright install chromium")
-        started = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +35,8 @@ def address(base_path, clip_path, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """A tab of 1280 pixels; nothing may be reported in its console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab, complaints = context.new_page(), []
-    tab.set_default_timeout(PATIENCE)
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.goto(address)
-    tab.get_by_role("button", name="Draw", exact=True).wait_for()
-    yield tab
-    context.close()
-    assert not complaints
+    with opened(browser, address) as tab:
+        yield tab
 
 
 def shot(page, name: str) -> None:
@@ -159,9 +132,9 @@ def test_a_damaged_adapter_is_a_message_and_the_page_goes_on(page, tmp_path):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not an adapter")
     page.locator("#adapter-upload input[type=file]").set_input_files(damaged)
-    toast = page.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("damaged.safetensors", timeout=PATIENCE)
-    assert "Traceback" not in toast.inner_text() and "/tmp" not in toast.inner_text()
+    note = page.locator("#adapter-note")
+    expect(note).to_contain_text("damaged.safetensors", timeout=PATIENCE)
+    assert "Traceback" not in note.inner_text() and "/tmp" not in note.inner_text()
     shot(page, "message")
     page.get_by_label("Seeds").fill("0")
     page.get_by_label("number input for Steps").fill("2")

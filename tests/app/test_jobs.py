@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
@@ -183,6 +184,17 @@ def test_the_plan_follows_the_form(app):
     assert len(set(plans.values())) == len(plans)
     assert all("together" in plan and "full" in plan for plan in plans.values())
     assert "lora r=4" in plans["lora"] and "text encoder" not in plans["small"] and NO_PRESET
+
+
+def test_counting_for_the_plan_touches_no_layer_that_others_draw_with(app):
+    base, called = app.library.base("small"), set()
+    with app.store.lease(base) as pipe:
+        handle = register_module_forward_pre_hook(lambda module, _: called.add(id(module)))
+        try:
+            TrainForm("small", batch_size=3).plan(pipe, base.source, LIMITS)
+        finally:
+            handle.remove()
+        assert called and not called & {id(module) for model in (pipe.unet, pipe.text_encoder) for module in model.modules()}
 
 
 def test_names_of_runs_are_the_page_s_own():
