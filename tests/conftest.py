@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -105,6 +107,25 @@ def network() -> nn.Module:
             U, s, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
             layer.weight = nn.Parameter((U * s * torch.logspace(0, -1.5, len(s))) @ Vh)
     return model.to(DEVICE)
+
+
+@contextmanager
+def raises(error: type[BaseException], *named: str) -> Iterator[pytest.ExceptionInfo]:
+    """As `pytest.raises`, for an error whose message names all of this.
+
+    Args:
+        error: its class.
+        named: settings, layers, files and values, as whole words; never the prose around them.
+    """
+    with pytest.raises(error) as caught:
+        yield caught
+    assert_named(str(caught.value), *named)
+
+
+def assert_named(message: str, *named: str) -> None:
+    """A message names all of this, as whole words."""
+    missing = [name for name in named if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]
+    assert not missing, f"{message[:1000]} does not name {missing}"
 
 
 def randn(*shape: int, **options) -> torch.Tensor:

@@ -9,6 +9,8 @@ from transformers import AutoModel
 
 from cersa_diffusion.cli import main
 
+from ..conftest import raises
+
 PNG = b"\x89PNG"
 
 
@@ -86,33 +88,33 @@ def test_trainings_from_the_command_line(model_path, picture_folders, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        (["ranks", "/no/such/model"], "no such folder"),
-        (["ranks", "VIT", "--alphas", "2"], "alphas: 2.0, expected shares"),
-        (["memory", "VIT", "--target_modules", "to_q"], "matches no nn.Linear"),
-        (["similarity", "VIT", "BERT"], "lacks 12 of the 12 layers"),
-        (["similarity", "VIT", "VIT", "--layers", "x"], "none of the 12 that are compared"),
-        (["intruders", "VIT", "VIT", "--leading", "0"], "leading is 0"),
-        (["forgetting", "VIT"], "no finished classification run"),
+        (["ranks", "/no/such/model"], "/no/such/model"),
+        (["ranks", "VIT", "--alphas", "2"], "alphas 2.0"),
+        (["memory", "VIT", "--target_modules", "to_q"], "to_q"),
+        (["similarity", "VIT", "BERT"], "12"),
+        (["similarity", "VIT", "VIT", "--layers", "x"], "x 12"),
+        (["intruders", "VIT", "VIT", "--leading", "0"], "leading 0"),
+        (["forgetting", "VIT"], "VIT"),
     ],
 )
-def test_errors_are_one_line(options, message, model_path, tmp_path):
+def test_errors_are_one_line(options, names, model_path, tmp_path):
     folders = {"VIT": str(model_path("vit")), "BERT": str(model_path("bert"))}
     given = [folders.get(option, option) for option in options]
-    with pytest.raises(SystemExit) as stopped:
+    with raises(SystemExit, *(folders.get(name, name) for name in names.split())) as stopped:
         main(["analyse", *given, "--output", str(tmp_path)])
-    assert str(stopped.value).startswith("error: ") and message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
 
 
 def test_without_matplotlib_nothing_is_begun(model_path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"error: the pictures need matplotlib.*pip install 'cersa-diffusion\[plot\]'"):
+    with raises(SystemExit, "error", "matplotlib", "cersa-diffusion[plot]"):
         main(["analyse", "ranks", str(model_path("vit")), "--output", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_made(model_path, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"error: output .*: no folder can be made there"):
+    with raises(SystemExit, "error", "output", str(tmp_path / "file" / "new")):
         main(["analyse", "ranks", str(model_path("vit")), "--output", str(tmp_path / "file" / "new")])

@@ -14,6 +14,8 @@ import cersa_diffusion as cersa
 from cersa_diffusion import BaseMismatchError, ConfigError, NonFiniteError
 from cersa_diffusion.analysis.models import open_dense, open_pair
 
+from ..conftest import raises
+
 QKV = ["query", "key", "value"]
 
 
@@ -86,7 +88,7 @@ def test_an_adapter_of_peft(dora, model_path, tmp_path):
     for name, change in found.items():
         own = name.removeprefix("bert.")
         assert change.any() and torch.allclose(change, (expected[own].weight - before[own].weight).double(), atol=1e-6)
-    with pytest.raises(BaseMismatchError, match="lacks 6 of the 6 layers"):
+    with raises(BaseMismatchError, "6"):
         open_pair(model_path("vit"), tmp_path, ["q_proj"])
 
 
@@ -111,36 +113,34 @@ def test_a_lora_of_a_pipeline(base_path, tmp_path):
 
 def test_checkpoints_that_do_not_fit_are_named(network, model_path, tmp_path):
     smaller = nn.Sequential(*list(network)[:3])
-    with pytest.raises(
-        BaseMismatchError, match=r"lacks 1 of the 3 layers of Sequential, e.g. \['4'\]: are these two of one arch"
-    ):
+    with raises(BaseMismatchError, "1", "3", "Sequential", "4"):
         open_pair(network, smaller)
     other = copy.deepcopy(network)
     other[2] = nn.Linear(40, 63)
-    with pytest.raises(BaseMismatchError, match=r"layer 2 has shape \(64, 40\) in Sequential and \(63, 40\)"):
+    with raises(BaseMismatchError, "2", "Sequential", "(64, 40)", "(63, 40)"):
         open_pair(network, other)
     assert len(open_pair(network, other, exclude_modules=["2"])) == 2
     with torch.no_grad():
         other[2] = copy.deepcopy(network[2])
         other[2].weight[1, 1] = torch.nan
-    with pytest.raises(NonFiniteError, match="layer 2 of Sequential holds NaN"):
+    with raises(NonFiniteError, "2", "Sequential", "NaN"):
         open_pair(network, other)
-    with pytest.raises(ConfigError, match=r"target_modules=\['to_q'\] matches no layer of Sequential: its layers end in"):
+    with raises(ConfigError, "target_modules", "to_q", "Sequential"):
         open_pair(network, network, ["to_q"])
-    with pytest.raises(ConfigError, match="no such folder"):
+    with raises(ConfigError, "/no/such/folder"):
         open_pair(network, "/no/such/folder")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(ConfigError, match="not a readable safetensors file"):
+    with raises(ConfigError, "broken.safetensors"):
         open_pair(network, tmp_path / "broken.safetensors")
     save_file({"bias": torch.zeros(3)}, tmp_path / "biases.safetensors")
-    with pytest.raises(ConfigError, match=r"no matrices named \*.weight"):
+    with raises(ConfigError, "biases.safetensors"):
         open_pair(network, tmp_path / "biases.safetensors")
 
 
 def test_an_adapter_needs_the_model_it_belongs_to(trained, network, tmp_path):
     cersa.save_adapter(trained[1], tmp_path / "a.safetensors")
     save_file(network.state_dict(), tmp_path / "base.safetensors")
-    with pytest.raises(ConfigError, match=r"is an adapter, and .* has no config\.json"):
+    with raises(ConfigError, "a.safetensors", "base.safetensors"):
         open_pair(tmp_path / "base.safetensors", tmp_path / "a.safetensors")
     other = copy.deepcopy(network)
     with torch.no_grad():

@@ -19,6 +19,8 @@ from cersa_diffusion.analysis.similarity import (
     similarity_rows,
 )
 
+from ..conftest import raises
+
 
 def psi(A: torch.Tensor, B: torch.Tensor) -> float:
     """Eq. 3 by projectors: the trace of their product."""
@@ -112,9 +114,9 @@ def test_planted_intruders_are_found(network):
 
 def test_bad_settings_are_refused(network):
     pairs = open_pair(network, network)
-    with pytest.raises(ConfigError, match=r"alphas: 1.5, expected shares"):
+    with raises(ConfigError, "alphas", "1.5"):
         layer_similarities(pairs, 1.5)
-    with pytest.raises(ConfigError, match=r"thresholds: 2, expected cosines"):
+    with raises(ConfigError, "thresholds", "2"):
         intruder_rows(pairs, (0.5, 2))
-    with pytest.raises(ConfigError, match="leading is 0"):
+    with raises(ConfigError, "leading", "0"):
         intruder_rows(pairs, leading=0)

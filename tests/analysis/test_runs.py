@@ -21,6 +21,7 @@ from cersa_diffusion.analysis.forgetting import draw_forgetting, forgetting_rows
 from cersa_diffusion.classification import ClassifierSettings, ImageData, RunArguments, TextData, train_classifier
 
 from ..classification.conftest import sentences, write_pictures, write_table
+from ..conftest import raises
 
 VALUES = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True}
 
@@ -71,7 +72,7 @@ def test_a_sweep_goes_on_with_what_is_missing(sweep):
     assert [row["variant"] for row in again if row["seconds"] != first[row["variant"]]["seconds"]] == ["array"]
     assert all(row["score"] == first[row["variant"]]["score"] for row in again)
     other = RunArguments(output_dir=arguments.output_dir, **VALUES | {"learning_rate": 1e-3})
-    with pytest.raises(ConfigError, match="holds a sweep with other settings of learning_rate: choose another folder"):
+    with raises(ConfigError, "learning_rate"):
         run_ablations(settings, data, other)
 
 
@@ -99,9 +100,9 @@ def test_uniform_rank_is_the_largest_that_costs_no_more(network):
 
 def test_bad_sweeps_are_refused(model_path, picture_folders, tmp_path):
     settings = ClassifierSettings(model_name_or_path=str(model_path("vit")))
-    with pytest.raises(ConfigError, match=r"tables: \[7\] of the ablations, expected some of 2, 3, 4, 5, 6"):
+    with raises(ConfigError, "tables", "[7]", "2", "3", "4", "5", "6"):
         variants(settings, (2, 7))
-    with pytest.raises(ConfigError, match="seeds: none are given"):
+    with raises(ConfigError, "seeds"):
         run_ablations(settings, image_data(picture_folders), RunArguments(output_dir=str(tmp_path), **VALUES), seeds=())
 
 
@@ -154,16 +155,16 @@ def test_a_model_that_learned_nothing_forgets_nothing(model_path, text_files, tm
 
 
 def test_runs_that_cannot_be_compared_are_refused(picture_runs, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no finished classification run"):
+    with raises(ConfigError, str(tmp_path)):
         forgetting_rows([tmp_path])
-    with pytest.raises(ConfigError, match="expected runs on at least two data sets"):
+    with raises(ConfigError, "two"):
         forgetting_rows([picture_runs["two", "cersa"], picture_runs["two", "lora"]])
     other = tmp_path / "other"
     shutil.copytree(picture_runs["three", "lora"], other)
     description = other / "result" / "cersa_classifier.json"
     content = json.loads(description.read_text())
     description.write_text(json.dumps(content | {"base_model": {"name_or_path": "another", "revision": None}}))
-    with pytest.raises(ConfigError, match="the runs start from 2 models"):
+    with raises(ConfigError, "2"):
         forgetting_rows([picture_runs["two", "cersa"], other])
     assert read_run(other).base == ("another", None)
 

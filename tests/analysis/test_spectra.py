@@ -17,6 +17,8 @@ from cersa_diffusion.analysis.spectra import (
 )
 from cersa_diffusion.analysis.targets import paper_kind
 
+from ..conftest import raises
+
 ALPHAS = (0.3, 0.8, 0.95, 1.0)
 
 
@@ -73,15 +75,15 @@ def test_figures_have_the_curves(network, tmp_path):
 
 def test_bad_input_is_refused(network):
     spectra = layer_spectra({"model": network}, show_progress=False)
-    with pytest.raises(ConfigError, match=r"alphas: 1.2, expected shares in \(0, 1\]"):
+    with raises(ConfigError, "alphas", "1.2"):
         rank_rows(spectra, (0.9, 1.2))
-    with pytest.raises(ConfigError, match="alphas: none are given"):
+    with raises(ConfigError, "alphas"):
         rank_rows(spectra, ())
-    with pytest.raises(ConfigError, match="lora_rank is 0"):
+    with raises(ConfigError, "lora_rank", "0"):
         compression_rows("small", spectra, lora_rank=0)
-    with pytest.raises(ConfigError, match=r"matches no nn\.Linear"):
+    with raises(ConfigError, "nn.Linear"):
         layer_spectra({"model": network}, ["to_q"], show_progress=False)
     broken = nn.Sequential(nn.Linear(4, 4))
     broken[0].weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match="layer 0 holds NaN"):
+    with raises(NonFiniteError, "0", "NaN"):
         layer_spectra({"model": broken}, show_progress=False)

@@ -11,7 +11,7 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.comparing.study import Study, read_study
 from cersa_diffusion.comparing.subjects import TEST, VALIDATION, read_subject
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, raises
 from .conftest import STUDY, write_subject
 
 
@@ -43,54 +43,54 @@ ROWS, TRAINING = STUDY["rows"], STUDY["training"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"base": "no-such-base"}, "no-such-base: no such folder"),
-        ({"base": None}, "the study lacks base"),
-        ({"colour": "red"}, "the study has colour, expected some of"),
-        ({"subjects": ["small-base"]}, r"subject .*small-base: subject.json cannot be read"),
-        ({"subjects": ["my-cat", "my-cat"]}, "subjects are called my-cat, my-cat: expected different names"),
-        ({"seeds": 0}, "seeds is 0, expected how many"),
-        ({"select_by": "beauty"}, "select_by is 'beauty', expected one of distance"),
-        ({"tuning_subjects": ["fox"]}, "tuning_subjects: there is no 'fox', expected some of my-cat, my-dog"),
-        ({"sampling": {"steps": 0}}, "sampling.steps is 0"),
-        ({"sampling": {"scheduler": "x"}}, r"\[sampling\] has scheduler"),
-        ({"scoring": {"clip": "emoji-clip"}}, r"\[scoring\] lacks vision"),
-        ({"training": {"resolution": 16}}, "training.max_train_steps is missing"),
-        ({"training": TRAINING | {"max_trian_steps": 2}}, "did you mean max_train_steps"),
-        ({"training": TRAINING | {"learning_rate": 1.0}}, "training.learning_rate is for a row to say"),
-        ({"training": TRAINING | {"output_dir": "x"}}, "training.output_dir is for the comparison to say"),
-        ({"rows": ROWS | {"x": {"method": "lora"}}}, "rows.x.learning_rates is None, expected a list"),
-        ({"rows": ROWS | {"x": {"method": "lora", "learning_rates": [-1.0]}}}, "expected a list of learning rates"),
-        ({"rows": ROWS | {"x": {"method": "guess", "learning_rates": [1.0]}}}, "row x: method is 'guess', expected"),
-        ({"rows": ROWS | {"x": {"method": "full", "rank": 4, "learning_rates": [1.0]}}}, "row x: method 'full' ignores rank"),
-        ({"rows": ROWS | {"x": {"method": "cersa", "alpha": 1.5, "learning_rates": [1.0]}}}, "row x: alpha is 1.5"),
+        ({"base": "no-such-base"}, "no-such-base"),
+        ({"base": None}, "base"),
+        ({"colour": "red"}, "colour"),
+        ({"subjects": ["small-base"]}, "small-base subject.json"),
+        ({"subjects": ["my-cat", "my-cat"]}, "subjects my-cat"),
+        ({"seeds": 0}, "seeds 0"),
+        ({"select_by": "beauty"}, "select_by beauty distance"),
+        ({"tuning_subjects": ["fox"]}, "tuning_subjects fox my-cat my-dog"),
+        ({"sampling": {"steps": 0}}, "sampling.steps 0"),
+        ({"sampling": {"scheduler": "x"}}, "sampling scheduler"),
+        ({"scoring": {"clip": "emoji-clip"}}, "scoring vision"),
+        ({"training": {"resolution": 16}}, "training.max_train_steps"),
+        ({"training": TRAINING | {"max_trian_steps": 2}}, "max_trian_steps max_train_steps"),
+        ({"training": TRAINING | {"learning_rate": 1.0}}, "training.learning_rate"),
+        ({"training": TRAINING | {"output_dir": "x"}}, "training.output_dir"),
+        ({"rows": ROWS | {"x": {"method": "lora"}}}, "rows.x.learning_rates None"),
+        ({"rows": ROWS | {"x": {"method": "lora", "learning_rates": [-1.0]}}}, "rows.x.learning_rates -1.0"),
+        ({"rows": ROWS | {"x": {"method": "guess", "learning_rates": [1.0]}}}, "x method guess"),
+        ({"rows": ROWS | {"x": {"method": "full", "rank": 4, "learning_rates": [1.0]}}}, "x full rank"),
+        ({"rows": ROWS | {"x": {"method": "cersa", "alpha": 1.5, "learning_rates": [1.0]}}}, "x alpha 1.5"),
         (
             {"rows": ROWS | {"x": {"method": "cersa", "seed": 1, "learning_rates": [1.0]}}},
-            "row x: seed is no setting of a method",
+            "x seed",
         ),
-        ({"rows": ROWS | {"x": {"method": "truncated", "learning_rates": [1.0]}}}, "row x: a truncated base is not trained"),
-        ({"rows": ROWS | {"../x": {"method": "lora", "learning_rates": [1.0]}}}, "names a folder"),
-        ({"matched_memory": {"lora_learning_rates": [1.0], "cersa_learning_rates": [1.0]}}, "either lora_rank or budget"),
-        ({"matched_memory": {"lora_rank": 2, "lora_learning_rates": [1.0]}}, "matched_memory.cersa_learning_rates is None"),
+        ({"rows": ROWS | {"x": {"method": "truncated", "learning_rates": [1.0]}}}, "x truncated"),
+        ({"rows": ROWS | {"../x": {"method": "lora", "learning_rates": [1.0]}}}, "../x"),
+        ({"matched_memory": {"lora_learning_rates": [1.0], "cersa_learning_rates": [1.0]}}, "lora_rank budget"),
+        ({"matched_memory": {"lora_rank": 2, "lora_learning_rates": [1.0]}}, "matched_memory.cersa_learning_rates None"),
     ],
 )
-def test_a_study_that_cannot_run_is_one_clear_error(changes, message, study_file):
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_a_study_that_cannot_run_is_one_clear_error(changes, names, study_file):
+    with raises(ConfigError, *names.split()) as caught:
         read_study(study_file("bad.toml", **changes))
     assert str(caught.value).startswith("study ") and "\n" not in str(caught.value)
 
 
 def test_unknown_names_in_options_are_refused(study_file):
-    for name, value in (("rows", ["dora"]), ("subjects", ["fox"]), ("lora_rank", 4)):
-        with pytest.raises(ConfigError, match=r"there is no|learning rates of a \[matched_memory\]"):
+    for name, value, named in (("rows", ["dora"], "dora"), ("subjects", ["fox"], "fox"), ("lora_rank", 4, "matched_memory")):
+        with raises(ConfigError, named):
             read_study(study_file(), **{name: value})
 
 
 def test_selecting_by_distance_needs_held_back_pictures(materials, study_file):
     if not (materials / "plain").exists():
         write_subject(materials / "plain", "apple", held_back=0)
-    with pytest.raises(ConfigError, match="subject plain has none for the validation"):
+    with raises(ConfigError, "plain"):
         read_study(study_file(subjects=["plain"]))
     study = read_study(study_file(subjects=["plain"], select_by="similarity"))
     subject = study.read_subjects()["plain"]

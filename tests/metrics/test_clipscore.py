@@ -14,6 +14,8 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip, to_open_clip
 from cersa_diffusion.metrics.clipscore import HESSEL, clipscore_open_clip, clipscore_torchmetrics
 
+from ..conftest import raises
+
 
 @pytest.fixture(params=["torchmetrics", "open_clip"])
 def scored(request, clip, open_clip_model):
@@ -93,7 +95,7 @@ def test_long_prompts_are_cut_with_a_warning_that_counts_them(scored, pictures, 
     fitting = "a 3d emoji of a cat on a white background"
     words = fitting.split()
     long = " ".join((words * 5)[:40])
-    with pytest.warns(UserWarning, match=r"1 of 2 prompts are longer than its context of 24 tokens .* 'a 3d emoji"):
+    with pytest.warns(UserWarning, match=r"1 of 2 .*24.*a 3d emoji"):
         scores = score(pictures[:2], [fitting, long], model)
     # What is left is the beginning, with the end-of-text token behind it.
     cut = next(text for n in range(40, 0, -1) if clip.count_tokens(text := " ".join((words * 5)[:n])) <= clip.context_length)
@@ -105,18 +107,18 @@ def test_long_prompts_are_cut_with_a_warning_that_counts_them(scored, pictures, 
 
 def test_as_many_prompts_as_pictures(scored, pictures, prompts):
     score, model = scored
-    with pytest.raises(ConfigError, match="2 pictures and 1 prompts"):
+    with raises(ConfigError, "2", "1"):
         score(pictures[:2], prompts[:1], model)
-    with pytest.raises(ConfigError, match="0 pictures"):
+    with raises(ConfigError, "0"):
         score([], [], model)
 
 
 def test_models_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(ConfigError, match=r"CLIP .* cannot be loaded"):
+    with raises(ConfigError, "CLIP"):
         TransformersClip(tmp_path)
-    with pytest.raises(ConfigError, match=r"ARCHITECTURE:PRETRAINED"):
+    with raises(ConfigError, "ARCHITECTURE:PRETRAINED"):
         OpenClipModel("no-such-model")
-    with pytest.raises(ConfigError, match=r"CLIP no-such-architecture:openai: open_clip cannot load it"):
+    with raises(ConfigError, "no-such-architecture:openai", "open_clip"):
         OpenClipModel("no-such-architecture:openai")
 
 

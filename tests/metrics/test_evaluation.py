@@ -8,6 +8,8 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.evaluation import Drift, Sample, Scorer
 from cersa_diffusion.training.base import load_base
 
+from ..conftest import raises
+
 
 @pytest.fixture(scope="module")
 def scorer(clip, vit) -> Scorer:
@@ -44,7 +46,7 @@ def test_what_cannot_be_measured_is_left_out(scorer, samples):
 
 
 def test_no_pictures_and_unknown_backends(scorer, clip_path):
-    with pytest.raises(ConfigError, match="0 pictures and 0 prompts"):
+    with raises(ConfigError, "0"):
         scorer.evaluate([])
-    with pytest.raises(ConfigError, match=r"backends \['jax'\]: expected some of torchmetrics, open_clip"):
+    with raises(ConfigError, "jax", "torchmetrics", "open_clip"):
         Scorer.load(str(clip_path), ["jax"])

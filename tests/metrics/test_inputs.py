@@ -12,6 +12,8 @@ from PIL import Image
 from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.inputs import read_picture_prompts, read_pictures, read_prompt_list
 
+from ..conftest import raises
+
 NAMES = ["a.png", "b.png", "c.png"]
 PROMPTS = ["a red dog", 'a dog, "wet"', "ein Hündchen"]
 
@@ -45,7 +47,7 @@ def test_a_json_object_of_file_names(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(dict(reversed(list(zip(NAMES, PROMPTS, strict=True))))))
     assert read_picture_prompts(path, NAMES, "--prompts") == PROMPTS
-    with pytest.raises(ConfigError, match="maps file names to prompts, expected a list"):
+    with raises(ConfigError, "--prompts", "prompts.json"):
         read_prompt_list(path, "--prompts")
 
 
@@ -62,32 +64,32 @@ def test_any_words_survive_json_and_csv(words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "names"),
     [
-        ("prompts.json", "{}", "has no prompt for a.png, b.png, c.png"),
-        ("prompts.json", '{"a.png": "x", "b.png": " ", "c.png": "z"}', "has no prompt in entry b.png"),
-        ("prompts.json", '{"a.png": "x", "b.png": "y", "c.png": "z", "d.png": "w"}', "d.png, which are not in the folder"),
-        ("prompts.json", "{", "cannot be read"),
-        ("prompts.json", "7", "is a JSON int, expected"),
-        ("prompts.yaml", "a: b", "is the suffix .yaml, expected"),
-        ("prompts.txt", "one\ntwo\n", "holds 2 prompts for 3 pictures"),
-        ("prompts.csv", "file_name,prompt\na.png,x\na.png,y\nb.png,y\nc.png,z\n", "more than one prompt for a.png"),
-        ("prompts.csv", "name,prompt\na.png,x\n", "names no picture in entry 1: expected its file name in file_name"),
-        ("prompts.csv", "file_name,caption\na.png,x\n", "has no prompt in entry 1: expected words, in prompt or text"),
+        ("prompts.json", "{}", "a.png b.png c.png"),
+        ("prompts.json", '{"a.png": "x", "b.png": " ", "c.png": "z"}', "b.png"),
+        ("prompts.json", '{"a.png": "x", "b.png": "y", "c.png": "z", "d.png": "w"}', "d.png"),
+        ("prompts.json", "{", "prompts.json"),
+        ("prompts.json", "7", "int"),
+        ("prompts.yaml", "a: b", ".yaml"),
+        ("prompts.txt", "one\ntwo\n", "2 3"),
+        ("prompts.csv", "file_name,prompt\na.png,x\na.png,y\nb.png,y\nc.png,z\n", "a.png"),
+        ("prompts.csv", "name,prompt\na.png,x\n", "1 file_name"),
+        ("prompts.csv", "file_name,caption\na.png,x\n", "1 prompt text"),
     ],
 )
-def test_faulty_prompts_for_pictures(name, text, message, tmp_path):
+def test_faulty_prompts_for_pictures(name, text, names, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=f"^--prompts: .*{message}"):
+    with raises(ConfigError, "--prompts", name, *names.split()):
         read_picture_prompts(tmp_path / name, NAMES, "--prompts")
 
 
 @pytest.mark.parametrize(("name", "text"), [("p.txt", "\n\n"), ("p.json", "[]"), ("p.csv", "prompt\n"), ("p.jsonl", "")])
 def test_an_empty_list(name, text, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match="holds no prompts"):
+    with raises(ConfigError, "--prompts", name):
         read_prompt_list(tmp_path / name, "--prompts")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises(ConfigError, "--prompts", "missing.txt"):
         read_prompt_list(tmp_path / "missing.txt", "--prompts")
 
 
@@ -104,12 +106,12 @@ def test_an_unreadable_picture_is_an_error_not_a_smaller_folder(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
     (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(ConfigError, match=r"--images: in .* cannot use damaged.png \(.*\), text.jpg \(not a picture\): a score"):
+    with raises(ConfigError, "--images", "damaged.png", "text.jpg"):
         read_pictures(tmp_path, "--images")
 
 
 def test_a_folder_without_pictures(tmp_path):
-    with pytest.raises(ConfigError, match="--references: no pictures in"):
+    with raises(ConfigError, "--references"):
         read_pictures(tmp_path, "--references")
-    with pytest.raises(ConfigError, match=r"--references: .* is not a folder"):
+    with raises(ConfigError, "--references"):
         read_pictures(tmp_path / "missing", "--references")

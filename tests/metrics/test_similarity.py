@@ -25,6 +25,8 @@ from cersa_diffusion.metrics.similarity import (
 )
 from cersa_diffusion.training.base import load_base
 
+from ..conftest import raises
+
 
 def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:
     return normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -103,9 +105,9 @@ def test_only_dino_is_called_dino(kind, folder, label, pictures, tmp_path):
 
 
 def test_vision_models_that_cannot_be_used(clip_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"vision model .* cannot be loaded"):
+    with raises(ConfigError, "vision"):
         VisionEncoder(tmp_path)
-    with pytest.raises(ConfigError, match=r"its type is clip, expected one with a \[CLS\] feature: vit"):
+    with raises(ConfigError, "clip", "vit"):
         VisionEncoder(clip_path)
 
 
@@ -118,7 +120,7 @@ def test_latent_distance_by_hand(base_path, pictures):
         first, second = (autoencoder.encode(p).latent_dist.mean for p in pixels)
     expected = autoencoder.config.scaling_factor * float((first - second).square().mean().sqrt())
     assert latent_distance(small[:1], small[1:], autoencoder) == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(ConfigError, match="2 pictures and 1 references"):
+    with raises(ConfigError, "2", "1"):
         latent_distance(small, small[:1], autoencoder)
 
 
@@ -147,5 +149,5 @@ def test_lpips_over_all_pairs(hub_folder, pictures):
 
 
 def test_lpips_without_its_weights(hub_folder):
-    with pytest.raises(ConfigError, match=r"LPIPS: the ImageNet weights of 'alex' are not in .*checkpoints"):
+    with raises(ConfigError, "LPIPS", "alex", "checkpoints"):
         Lpips("alex")

@@ -12,6 +12,8 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.training.captions import caption_summary, class_examples, read_examples
 from cersa_diffusion.training.config import DreamBoothConfig
 
+from ..conftest import raises
+
 NAMES = ("a.png", "b.jpg", "c.png")
 
 
@@ -53,7 +55,7 @@ def test_side_cars_come_before_metadata_before_the_prompt_of_the_run(folder):
 def test_captions_may_be_in_another_column(folder):
     write_metadata(folder, [{"file_name": "b.jpg", "text": "no", "caption": "a cat in the sun"}])
     assert prompts(folder, caption_column="caption")["b.jpg"] == "a cat in the sun"
-    with pytest.raises(ConfigError, match=r"no column 'description' \(caption_column\), its columns: caption, file_name, text"):
+    with raises(ConfigError, "description", "caption_column", "caption", "file_name", "text"):
         prompts(folder, caption_column="description")
 
 
@@ -61,36 +63,36 @@ def test_metadata_without_captions_is_fine_unless_a_column_was_named(folder):
     write_metadata(folder, [{"file_name": "b.jpg", "width": 3}])
     assert set(prompts(folder).values()) == {"a sks cat"}
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl: no column 'caption' \(caption_column\), its columns: none"):
+    with raises(ConfigError, "metadata.jsonl", "caption", "caption_column"):
         prompts(folder, caption_column="caption")
 
 
 def test_rows_of_pictures_that_are_not_there_are_named(folder):
     write_metadata(folder, [{"file_name": name, "text": "x"} for name in ("a.png", "gone.png", "more/b.jpg")])
-    with pytest.warns(UserWarning, match=r"metadata\.jsonl: rows left out: gone\.png \(.*\), more/b\.jpg \(not among"):
+    with pytest.warns(UserWarning, match=r"metadata\.jsonl.*gone\.png.*more/b\.jpg"):
         assert prompts(folder)["a.png"] == "x"
 
 
 @pytest.mark.parametrize("caption", ["", " \n", None, 3])
 def test_empty_captions_are_refused(folder, caption):
     write_metadata(folder, [{"file_name": "b.jpg", "text": caption}])
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl: 'text' of b\.jpg: the caption is .*instance_prompt"):
+    with raises(ConfigError, "metadata.jsonl", "text", "b.jpg", "instance_prompt"):
         prompts(folder)
     (folder / "b.txt").write_text(" \n")
-    with pytest.raises(ConfigError, match=r"b\.txt: the caption is ' \\n', expected a text"):
+    with raises(ConfigError, "b.txt"):
         prompts(folder)
 
 
 @pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "x"}', '{"file_name": 3}'])
 def test_lines_that_are_no_metadata_are_refused(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n\n' + line)
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl: line 3 is no JSON object with a file_name"):
+    with raises(ConfigError, "metadata.jsonl", "3", "file_name"):
         prompts(folder)
 
 
 def test_captions_must_be_utf8(folder):
     (folder / "a.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"a\.txt: not UTF-8"):
+    with raises(ConfigError, "a.txt", "UTF-8"):
         prompts(folder)
 
 
@@ -126,7 +128,7 @@ def test_the_summary_counts_captions(folder):
 
 def test_without_the_package_data_sets_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install cersa-diffusion\[train\]"):
+    with raises(ConfigError, "cersa-diffusion[train]"):
         read_examples(settings(dataset_name="someone/pictures"))
 
 
@@ -175,36 +177,36 @@ class TestDataSets:
         assert np.array_equal(np.asarray(examples[1].load()), np.asarray(picture(1)))
 
     @pytest.mark.parametrize(
-        ("columns", "message"),
+        ("columns", "names"),
         [
-            ({}, r"no column 'image' \(image_column\), it has caption, picture, number"),
-            ({"image_column": "number"}, r"column 'number' \(image_column\) holds .*, expected pictures"),
+            ({}, "image image_column caption picture number"),
+            ({"image_column": "number"}, "number image_column"),
             (
                 {"image_column": "picture", "caption_column": "words"},
-                r"no column 'words' \(caption_column\), its columns: caption, number, picture",
+                "words caption_column caption number picture",
             ),
-            ({"image_column": "picture", "caption_column": "caption"}, r"'caption' of row 1: the caption is ''"),
-            ({"image_column": "picture", "caption_column": "number"}, r"'number' of row 0: the caption is 4"),
+            ({"image_column": "picture", "caption_column": "caption"}, "caption 1"),
+            ({"image_column": "picture", "caption_column": "number"}, "number 0 4"),
         ],
     )
-    def test_columns_that_cannot_be_used(self, parquet, columns, message):
+    def test_columns_that_cannot_be_used(self, parquet, columns, names):
         name = parquet(caption=["one", ""], picture=[picture(0), picture(1)], number=[4, 5])
-        with pytest.raises(ConfigError, match=message):
+        with raises(ConfigError, *names.split()):
             read_examples(settings(dataset_name=name, **columns))
 
     def test_rows_without_a_usable_picture_are_skipped(self, parquet):
         broken = {"bytes": b"\x89PNG", "path": None}
         name = parquet(image=[picture(0), picture(1, (1, 1)), broken, None, picture(2)], text=["a", "b", "c", "d", "e"])
-        with pytest.warns(UserWarning, match=r"skipped: row 1 \(1x1 pixels.*\), row 2 \(not a picture\), row 3 \(there is no"):
+        with pytest.warns(UserWarning, match=r"row 1 .*1x1.*row 2 .*row 3 "):
             examples = read_examples(settings(dataset_name=name))
         assert [example.prompt for example in examples] == ["a", "e"]
         assert np.array_equal(np.asarray(examples[1].load()), np.asarray(picture(2)))
 
     def test_nothing_usable(self, parquet):
         name = parquet(image=[picture(1, (1, 1))])
-        with pytest.warns(UserWarning), pytest.raises(ConfigError, match="no usable pictures in column 'image' of its 1 rows"):
+        with pytest.warns(UserWarning), raises(ConfigError, "image", "1"):
             read_examples(settings(dataset_name=name))
 
     def test_what_is_not_there(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"nowhere cannot be loaded with a split 'train'"):
+        with raises(ConfigError, "nowhere", "train"):
             read_examples(settings(dataset_name=str(tmp_path / "nowhere")))

@@ -9,6 +9,8 @@ from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConf
 from cersa_diffusion.training.command_line import parse_settings
 from cersa_diffusion.training.settings_file import read_settings, write_settings
 
+from ..conftest import raises
+
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "pictures", "--instance_prompt", "a sks cat"]
 
 
@@ -55,24 +57,24 @@ def test_settings_survive_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ("learning_rat = 1", "learning_rat is no setting of the training: did you mean learning_rate"),
-        ("preset = '16gb'", "preset is '16gb', expected one of 8gb, 12gb, 24gb"),
-        ("= 3", "cannot be read as TOML"),
-        ("learning_rate = 'fast'", "learning_rate is 'fast', expected a number"),
-        ("max_train_steps = true", "max_train_steps is True, expected a whole number or nothing"),
-        ("optimizer = 'sgd'", "optimizer is 'sgd', expected 'adamw', 'adamw8bit', 'adafactor', 'prodigy'"),
+        ("learning_rat = 1", "learning_rat learning_rate"),
+        ("preset = '16gb'", "preset 16gb 8gb 12gb 24gb"),
+        ("= 3", "run.toml"),
+        ("learning_rate = 'fast'", "learning_rate fast"),
+        ("max_train_steps = true", "max_train_steps True"),
+        ("optimizer = 'sgd'", "optimizer sgd adamw adamw8bit adafactor prodigy"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
+def test_a_wrong_file_says_what_is_wrong(tmp_path, text, names):
     (tmp_path / "run.toml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, *names.split()):
         parse("--config", str(tmp_path / "run.toml"))
 
 
 def test_a_missing_file_or_setting_is_named(tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"nowhere.toml: cannot be read"):
+    with raises(ConfigError, "nowhere.toml"):
         parse("--config", str(tmp_path / "nowhere.toml"))
     with pytest.raises(SystemExit):
         parse("--instance_data_dir", "pictures", required=False)

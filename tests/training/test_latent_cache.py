@@ -16,6 +16,7 @@ from cersa_diffusion.training.data import DreamBoothDataset, collate, fixed_view
 from cersa_diffusion.training.latent_cache import cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
 
+from ..conftest import raises
 from ..pipelines_small import SIZE, pipeline
 
 PROMPTS = ["a sks cat", "a cat", "a mat"]
@@ -170,7 +171,7 @@ def test_a_name_does_not_matter_and_a_caption_does_not(examples, counted, tmp_pa
 def test_without_a_cache_folder_a_warning_says_so(examples, counted, monkeypatch):
     monkeypatch.setenv("CERSA_CACHE", "off")
     config = settings(cache_latents=True, cache_to_disk=True)
-    with pytest.warns(UserWarning, match="cache_to_disk does nothing: CERSA_CACHE is off"):
+    with pytest.warns(UserWarning, match=r"cache_to_disk.*CERSA_CACHE"):
         assert len(cache_latents(examples, [], config, counted, show_progress=False)) == 6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -181,7 +182,7 @@ def test_latents_that_overflow_are_refused_and_not_kept(examples, cache_folder):
     vae = pipeline("sd1").vae
     with torch.no_grad():
         next(vae.parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"0\.png encodes to NaN or infinity in float32"):
+    with raises(NonFiniteError, "0.png", "float32"):
         cache_latents(examples, [], settings(cache_latents=True, cache_to_disk=True), vae, show_progress=False)
     assert not entries(cache_folder)
 

@@ -16,6 +16,8 @@ from cersa_diffusion.training.checkpoints import trained_weights
 from cersa_diffusion.training.data import DreamBoothDataset, collate
 from cersa_diffusion.training.run import DreamBoothRun
 
+from ..conftest import raises
+
 
 class Losses(TrainingCallback):
     def __init__(self):
@@ -96,7 +98,7 @@ def test_every_optimizer_learns_and_resumes(small_settings, tmp_path, optimizer)
     rate = 1.0 if optimizer == "prodigy" else 1e-2
     settings = small_settings | {"optimizer": optimizer, "learning_rate": rate, "checkpointing_steps": 2}
     if package and not find_spec(package):
-        with pytest.raises(ConfigError, match=f"optimizer {optimizer} needs the package {package}"):
+        with raises(ConfigError, "optimizer", optimizer, package):
             train_dreambooth(DreamBoothConfig(**settings), [])
         return
     whole = train_dreambooth(DreamBoothConfig(**settings), [])
@@ -177,6 +179,6 @@ def test_trackers_log_losses_rates_and_previews(small_settings):
 
 def test_a_tracker_that_is_not_installed_is_named(small_settings, monkeypatch):
     monkeypatch.setattr("cersa_diffusion.training.dreambooth.get_available_trackers", list)
-    with pytest.raises(ConfigError, match="report_to wandb needs the package wandb"):
+    with raises(ConfigError, "report_to", "wandb"):
         train_dreambooth(DreamBoothConfig(**small_settings, report_to="wandb"), [])
     assert not Path(small_settings["output_dir"]).exists()

@@ -16,6 +16,8 @@ from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreamb
 from cersa_diffusion.training.publish import Publication
 from cersa_diffusion.training.settings_file import read_settings
 
+from ..conftest import raises
+
 
 def test_the_card_says_how_to_use_the_result(small_settings, tmp_path, monkeypatch):
     settings = small_settings | {"validation_prompt": "a sks cat on the moon", "num_validation_images": 2}
@@ -67,7 +69,7 @@ def hub(monkeypatch):
 
 
 def test_an_upload_that_is_not_allowed_is_refused_before_the_training(small_settings, hub):
-    with pytest.raises(ConfigError, match="push_to_hub: repository run cannot be made"):
+    with raises(ConfigError, "push_to_hub", "run"):
         train_dreambooth(DreamBoothConfig(**small_settings, push_to_hub=True, hub_token="bad"), [])
     assert not Path(small_settings["output_dir"]).exists()
 

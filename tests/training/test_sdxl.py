@@ -12,6 +12,8 @@ from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.run import DreamBoothRun
 
+from ..conftest import raises
+
 METHODS = {
     "cersa": ({"learning_rate": 1e-2}, 5e-3),
     "lora": ({"learning_rate": 1e-2, "rank": 4}, 1e-5),
@@ -71,7 +73,7 @@ def test_both_text_encoders_learn(settings, tmp_path):
 
 
 def test_each_script_refuses_the_others_base(settings, small_settings):
-    with pytest.raises(ConfigError, match=r"StableDiffusionXLPipeline, which scripts/train_dreambooth_cersa_sdxl.py trains"):
+    with raises(ConfigError, "StableDiffusionXLPipeline", "train_dreambooth_cersa_sdxl.py"):
         load_base(settings["pretrained_model_name_or_path"], family=DreamBoothConfig.family)
-    with pytest.raises(ConfigError, match=r"StableDiffusionPipeline, which scripts/train_dreambooth_cersa.py trains"):
+    with raises(ConfigError, "StableDiffusionPipeline", "train_dreambooth_cersa.py"):
         load_base(small_settings["pretrained_model_name_or_path"], family=DreamBoothXLConfig.family)
