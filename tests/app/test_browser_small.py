@@ -47,7 +47,7 @@ def test_the_lora_that_is_downloaded_is_the_one_that_is_chosen(page, server, tmp
     make.click()
     expect(download).to_be_enabled(timeout=PATIENCE)
     name, keys = downloaded(page, tmp_path)
-    assert name == "trained-cat-cersa-lora-r4-diffusers.safetensors" and all(".lora_" in key for key in keys)
+    assert name == "trained cat-cersa-lora-r4-diffusers.safetensors" and all(".lora_" in key for key in keys)
 
     kohya = "kohya (ComfyUI, A1111, Forge)"
     choose(page, "Keys of the LoRA", kohya)
@@ -58,7 +58,7 @@ def test_the_lora_that_is_downloaded_is_the_one_that_is_chosen(page, server, tmp
         expect(download).to_be_disabled()
     expect(download).to_be_enabled(timeout=PATIENCE)
     name, keys = downloaded(page, tmp_path)
-    assert name == "trained-cat-cersa-lora-r4-kohya.safetensors" and all(key.startswith("lora_") for key in keys)
+    assert name == "trained cat-cersa-lora-r4-kohya.safetensors" and all(key.startswith("lora_") for key in keys)
 
     rank.fill("5")
     rank.press("Tab")
@@ -73,7 +73,7 @@ def test_the_lora_that_is_downloaded_is_the_one_that_is_chosen(page, server, tmp
 
 
 def test_messages_cover_nothing(page, tmp_path, subject_path):
-    plates = page.locator("span.error:visible")
+    plates = page.locator(".wrap:not(.hide) > span.error:visible")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not an adapter")
     page.locator("#adapter-upload input[type=file]").set_input_files(damaged)
