@@ -20,7 +20,7 @@ from cersa_diffusion.memory import DenseLayer, cersa_memory
 from cersa_diffusion.planner import choose_ranks, plan_memory
 from cersa_diffusion.tokens import LayerInput
 
-from .conftest import train
+from .conftest import raises, train
 
 UNTOUCHED = {"net.conv": 100}
 
@@ -200,20 +200,20 @@ def test_conditions_of_training_count(network):
         chosen = choose_ranks(network, config, show_progress=False, **conditions)["model"]
         assert [row.kept_rank for row in plan.layers] == [ranks.kept for ranks in chosen.values()]
         assert 0.97 * 60_000 < plan.totals()["whole_model"]["cersa"].total <= 60_000
-    with pytest.raises(ConfigError, match="optimizer is 'lion'"):
+    with raises(ConfigError, "optimizer", "lion"):
         choose_ranks(network, config, optimizer="lion", show_progress=False)
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_and_leaves_the_model(network):
     model = nn.ModuleDict({"norm": nn.LayerNorm(5000), "net": network})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigError, match="smallest possible is") as error:
+    with raises(ConfigError, "memory_budget") as error:
         cersa.inject_cersa(model, CersaConfig(memory_budget="41kB"), show_progress=False)
     assert "Largest: model.norm.weight 0.020 MB, model.norm.bias 0.020 MB, model.net." in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
     least = int(re.search(r"smallest possible is (\d+)", str(error.value))[1])
-    with pytest.raises(ConfigError, match=f"smallest possible is {least}"):
+    with raises(ConfigError, str(least)):
         cersa.inject_cersa(model, CersaConfig(memory_budget=least - 1), show_progress=False)
     cersa.inject_cersa(model, CersaConfig(memory_budget=least), show_progress=False)
     assert set(ranks_in(model).values()) == {LayerRanks(1, 1)} and occupied(model) == least
@@ -232,7 +232,7 @@ def test_layers_may_stay_dense_where_that_keeps_more(network):
 
 def test_a_budget_for_the_dense_model_leaves_nothing_to_train(network):
     config = CersaConfig(memory_budget="1MB", unprofitable="skip")
-    with pytest.raises(ConfigError, match="leaves none of the 3 layers: lower the budget"):
+    with raises(ConfigError, "3"):
         cersa.inject_cersa(network, config, show_progress=False)
     assert not ranks_in(network)
 
@@ -259,22 +259,22 @@ def test_an_adapter_of_a_budget_loads_into_the_base(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "named"),
+    ("ranks", "names"),
     [
-        ({"0": LayerRanks(1, 1)}, r"differ in 2 layers, e\.g\. \['2', '4'\]"),
-        ({"0": LayerRanks(41, 1), "2": None, "4": None}, r"layer 0 of shape \(40, 48\) cannot have"),
-        ({"0": LayerRanks(2, 3), "2": None, "4": None}, "layer 0"),
-        ({"0": LayerRanks(2, 0), "2": None, "4": None}, "layer 0"),
+        ({"0": LayerRanks(1, 1)}, "2 4"),
+        ({"0": LayerRanks(41, 1), "2": None, "4": None}, "0 40 48"),
+        ({"0": LayerRanks(2, 3), "2": None, "4": None}, "0"),
+        ({"0": LayerRanks(2, 0), "2": None, "4": None}, "0"),
     ],
 )
-def test_ranks_that_do_not_fit_the_model_are_refused(network, ranks, named):
-    with pytest.raises(ConfigError, match=named):
+def test_ranks_that_do_not_fit_the_model_are_refused(network, ranks, names):
+    with raises(ConfigError, *names.split()):
         cersa.inject_cersa(network, CersaConfig(), ranks=ranks, show_progress=False)
 
 
 def test_components_with_different_budgets_are_refused(network):
     configs = {"a": CersaConfig(memory_budget=1000), "b": CersaConfig()}
-    with pytest.raises(ConfigError, match="memory_budget differs between components"):
+    with raises(ConfigError, "memory_budget"):
         choose_ranks({"a": network, "b": copy.deepcopy(network)}, configs, show_progress=False)
 
 

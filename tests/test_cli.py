@@ -9,6 +9,8 @@ import cersa_diffusion as cersa
 from cersa_diffusion.cache import LATENTS, DecompositionCache, TensorCache, leading_factors
 from cersa_diffusion.cli import main
 
+from .conftest import raises
+
 
 def test_info_tells_base_settings_training_and_layers(trained, tmp_path, capsys):
     path = tmp_path / "a.safetensors"
@@ -21,7 +23,7 @@ def test_info_tells_base_settings_training_and_layers(trained, tmp_path, capsys)
 
 def test_info_of_something_else_is_one_line(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(SystemExit, match=r"error: .*not a readable safetensors file"):
+    with raises(SystemExit, "error", "a.safetensors"):
         main(["info", str(tmp_path / "a.safetensors")])
 
 
@@ -79,14 +81,14 @@ def test_plan_with_a_budget(base_path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "names"),
     [
-        (["--memory_budget", "1MB"], "memory_budget is 1000000 bytes"),
-        (["--alpha", "2"], "alpha is 2.0"),
-        (["--batch", "0"], "batch is 0"),
-        (["--rank", "0"], "lora_rank is 0"),
+        (["--memory_budget", "1MB"], "memory_budget 1000000"),
+        (["--alpha", "2"], "alpha 2.0"),
+        (["--batch", "0"], "batch 0"),
+        (["--rank", "0"], "lora_rank 0"),
     ],
 )
-def test_plan_with_settings_that_cannot_be_is_one_line(base_path, options, named):
-    with pytest.raises(SystemExit, match=f"error: {named}"):
+def test_plan_with_settings_that_cannot_be_is_one_line(base_path, options, names):
+    with raises(SystemExit, "error", *names.split()):
         main(["plan", str(base_path), *options])

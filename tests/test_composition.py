@@ -13,7 +13,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.inject import cersa_layers
 
-from .conftest import randn, train
+from .conftest import raises, randn, train
 from .pipelines_small import unet
 
 
@@ -84,11 +84,11 @@ def test_mistakes_name_what_is_there_and_change_nothing(two):
         lambda: cersa.delete_adapters(two, ["default", "third"]),
         lambda: cersa.add_adapter(two, "fourth", like="third"),
     ):
-        with pytest.raises(ConfigError, match=r"'third', this model has \['default', 'second'\]"):
+        with raises(ConfigError, "third", "default", "second"):
             mistake()
-    with pytest.raises(ConfigError, match="already on this model"):
+    with raises(ConfigError, "second"):
         cersa.add_adapter(two, "second")
-    with pytest.raises(ConfigError, match="2 adapters and 1 weights"):
+    with raises(ConfigError, "2", "1"):
         cersa.set_adapters(two, ["default", "second"], [1.0])
     assert cersa.active_adapters(two) == active and two.state_dict().keys() == before.keys()
 
@@ -160,27 +160,27 @@ def test_strengths_of_layers_beside_the_attentions():
 
 
 @pytest.mark.parametrize(
-    ("specification", "message"),
+    ("specification", "names"),
     [
-        ({"left": 1}, r"unknown blocks \['left'\].*down, mid, up"),
-        ({"down": {"block_7": 1}}, r"unknown blocks \['block_7'\] in 'down', expected some of \['block_0', 'block_1'\]"),
-        ({"up": [1, 2, 3]}, "3 strengths for up.block_0, which has 2 attentions"),
-        ({"mid": [1, 2]}, "2 strengths for mid"),
-        ({"mid": {"block_0": 1}}, "mid: .* is no number"),
-        ({"down": "much"}, "'much' is no number"),
-        ({"down": True}, "True is no number"),
+        ({"left": 1}, "left down mid up"),
+        ({"down": {"block_7": 1}}, "block_7 down block_0 block_1"),
+        ({"up": [1, 2, 3]}, "3 up.block_0 2"),
+        ({"mid": [1, 2]}, "2 mid"),
+        ({"mid": {"block_0": 1}}, "mid"),
+        ({"down": "much"}, "much"),
+        ({"down": True}, "True"),
     ],
 )
-def test_mistakes_in_strengths_by_block_change_nothing(unets, specification, message):
+def test_mistakes_in_strengths_by_block_change_nothing(unets, specification, names):
     model = unets[0]
     cersa.set_adapters(model, "a", 0.7)
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, *names.split()):
         cersa.set_adapters(model, "a", specification)
     assert {layer.strengths["a"] for layer in cersa_layers(model).values()} == {0.7}
 
 
 def test_strengths_by_block_need_blocks(two):
-    with pytest.raises(ConfigError, match="down, mid and up blocks: give one number"):
+    with raises(ConfigError, "down", "mid", "up"):
         cersa.set_adapters(two, "default", {"down": 1})
 
 
@@ -219,12 +219,12 @@ def test_ways_out_of_a_fused_model(network):
 
 
 def test_fusing_needs_active_adapters(two):
-    with pytest.raises(ConfigError, match="no CERSA layers to fuse"):
+    with raises(ConfigError, "CERSA"):
         cersa.fuse(nn.Sequential(nn.Linear(2, 2)))
     cersa.set_adapters(two, "default")
-    with pytest.raises(ConfigError, match=r"'second' is not active \(active: \['default'\]\)"):
+    with raises(ConfigError, "second", "default"):
         cersa.fuse(two, ["default", "second"])
     cersa.disable_adapters(two)
-    with pytest.raises(ConfigError, match="no active adapter to fuse"):
+    with raises(ConfigError, "adapter"):
         cersa.fuse(two)
     assert all(isinstance(two[i], CersaLinear) for i in (0, 2, 4))

@@ -6,52 +6,54 @@ import torch
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.config import parse_bytes
 
+from .conftest import raises
+
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.01, float("nan")])
 def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(ConfigError, match="alpha"):
+    with raises(ConfigError, "alpha"):
         CersaConfig(alpha=alpha)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.96, float("nan")])
 def test_beta_must_be_at_most_alpha(beta):
-    with pytest.raises(ConfigError, match="beta"):
+    with raises(ConfigError, "beta"):
         CersaConfig(alpha=0.95, beta=beta)
 
 
 def test_dictionary_round_trip_and_unknown_settings():
     config = CersaConfig(alpha=0.9, beta=0.5, target_modules=["to_q"])
     assert CersaConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match="gamma"):
+    with raises(ConfigError, "gamma"):
         CersaConfig.from_dict({"gamma": 1})
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "names"),
     [
-        ({"rank": 0}, "rank is 0"),
-        ({"core": "tensor"}, "core is 'tensor', expected one of 'matrix', 'diagonal', 'sparse'"),
+        ({"rank": 0}, "rank 0"),
+        ({"core": "tensor"}, "core tensor matrix diagonal sparse"),
         ({"residual": "maybe"}, "residual"),
         ({"unprofitable": "x"}, "unprofitable"),
         ({"sparse_pattern": "x"}, "sparse_pattern"),
         ({"off_diagonals": -1}, "off_diagonals"),
-        ({"block": "bottom"}, "set beta below alpha"),
-        ({"core": "sparse", "beta": 0.5}, "leave beta out"),
-        ({"residual": "keep", "unprofitable": "skip"}, "leave no layer"),
-        ({"memory_budget": 1000, "rank": 4}, "rank = 4 and memory_budget = 1000"),
-        ({"memory_budget": 1000, "residual": "keep"}, "residual='keep' drops nothing"),
-        ({"memory_budget": 1000, "beta": 1.1}, "beta is 1.1"),
-        ({"memory_budget": 1000, "block": "bottom"}, "set beta below alpha"),
+        ({"block": "bottom"}, "block beta alpha"),
+        ({"core": "sparse", "beta": 0.5}, "core beta"),
+        ({"residual": "keep", "unprofitable": "skip"}, "residual unprofitable"),
+        ({"memory_budget": 1000, "rank": 4}, "rank 4 memory_budget 1000"),
+        ({"memory_budget": 1000, "residual": "keep"}, "memory_budget residual"),
+        ({"memory_budget": 1000, "beta": 1.1}, "beta 1.1"),
+        ({"memory_budget": 1000, "block": "bottom"}, "block beta alpha"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_cannot_be(settings, names):
+    with raises(ConfigError, *names.split()):
         CersaConfig(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"off_diagonals": 2}, {"rank": 4, "beta": 0.5}])
 def test_ignored_settings_are_said(settings):
-    with pytest.warns(UserWarning, match="ignored"):
+    with pytest.warns(UserWarning, match="off_diagonals|beta"):
         CersaConfig(**settings)
 
 
@@ -68,14 +70,14 @@ def test_memory_sizes(size, expected):
     "size", ["", "MB", "-1MB", "0", 0, -5, "900 XB", "1.2.3GB", float("nan"), float("inf"), "1e999", True, "0.1B"]
 )
 def test_what_is_no_memory_size_is_refused(size):
-    with pytest.raises(ConfigError, match="no memory size"):
+    with raises(ConfigError, repr(size), "900MB"):
         CersaConfig(memory_budget=size)
 
 
 def test_a_budget_decides_instead_of_alpha():
     assert CersaConfig(memory_budget=1000, beta=1.0).beta == 1.0
     CersaConfig(memory_budget=1000, beta=0.95, block="bottom")
-    with pytest.warns(UserWarning, match="alpha is ignored"):
+    with pytest.warns(UserWarning, match="alpha"):
         CersaConfig(memory_budget=1000, alpha=0.5)
-    with pytest.raises(ConfigError, match="use choose_ranks"):
+    with raises(ConfigError, "choose_ranks"):
         CersaConfig(memory_budget=1000).kept_rank(torch.ones(3))

@@ -18,6 +18,8 @@ from cersa_diffusion import CersaConfig, CersaError
 from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.decomposition import LayerJob, decompose_layers, shares
 
+from .conftest import raises
+
 SHAPES = ((30, 20), (64, 64), (9, 50), (64, 48), (1, 7), (33, 40))
 
 
@@ -88,7 +90,7 @@ def test_a_solver_that_gives_up_names_the_layer_and_leaves_the_model(no_cache):
     model = network(0)
     model[3] = nn.Linear(4, 4, dtype=torch.float64)
     nn.init.constant_(model[3].weight, 1e200)  # finite, but its square is not
-    with pytest.raises(CersaError, match="layer 3 cannot be decomposed"):
+    with raises(CersaError, "3"):
         cersa.inject_cersa(model, CersaConfig(), show_progress=False)
     assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model)
 

@@ -14,7 +14,7 @@ from cersa_diffusion.baselines import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.inject import replacement
 
-from .conftest import DEVICE, randn, train
+from .conftest import DEVICE, raises, randn, train
 
 
 def test_only_cores_train_and_frozen_factors_do_not_move(network):
@@ -54,20 +54,20 @@ def test_targets(network, targets, excluded, expected):
 
 
 def test_targets_that_match_nothing_list_what_could_have(network):
-    with pytest.raises(ConfigError, match=r"to_q.*end in \['0', '2', '4'\]"):
+    with raises(ConfigError, "to_q", "0", "2", "4"):
         cersa.inject_cersa(network, CersaConfig(target_modules=["to_q"]), show_progress=False)
 
 
 def test_injecting_twice_is_refused(network):
     cersa.inject_cersa(network, CersaConfig(), show_progress=False)
-    with pytest.raises(ConfigError, match="3 layers are CERSA layers already"):
+    with raises(ConfigError, "3", "CERSA"):
         cersa.inject_cersa(network, CersaConfig(), show_progress=False)
 
 
 def test_a_damaged_weight_names_its_layer_and_leaves_the_model(network):
     network[4].weight.data[0, 0] = torch.nan
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(NonFiniteError, match="layer 4"):
+    with raises(NonFiniteError, "4"):
         cersa.inject_cersa(network, CersaConfig(), show_progress=False)
     assert not any(isinstance(module, CersaLinear) for module in network.modules())
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -77,9 +77,9 @@ def test_a_damaged_weight_names_its_layer_and_leaves_the_model(network):
 def test_shared_and_meta_weights_are_refused():
     tied = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
     tied["head"].weight = tied["embedding"].weight
-    with pytest.raises(ConfigError, match=r"head shares its weight.*embedding\.weight"):
+    with raises(ConfigError, "head", "embedding.weight"):
         cersa.inject_cersa(tied, CersaConfig(), show_progress=False)
-    with pytest.raises(ConfigError, match="meta device"):
+    with raises(ConfigError, "0", "meta"):
         cersa.inject_cersa(nn.Sequential(nn.Linear(3, 3, device="meta")), CersaConfig(), show_progress=False)
 
 
@@ -112,7 +112,7 @@ def test_restore_base_is_bit_for_bit(network):
 
 
 def test_restore_base_without_the_base_says_so(trained):
-    with pytest.raises(ConfigError, match="keep_base=True"):
+    with raises(ConfigError, "keep_base"):
         cersa.restore_base(trained[1])
     assert isinstance(trained[1][0], CersaLinear)
 
@@ -165,7 +165,7 @@ def test_unprofitable_layers_can_be_left_dense(network):
     assert not network[4].weight.requires_grad
     flat = nn.Sequential(nn.Linear(24, 24)).to(DEVICE)
     flat[0].weight.data.copy_(torch.eye(24))
-    with pytest.raises(ConfigError, match="leaves none of the 1 layers"):
+    with raises(ConfigError, "unprofitable", "alpha"):
         cersa.inject_cersa(flat, CersaConfig(unprofitable="skip"), show_progress=False)
     assert isinstance(flat[0], nn.Linear) and flat[0].weight.requires_grad
 

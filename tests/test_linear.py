@@ -12,7 +12,7 @@ from cersa_diffusion.cores import DiagonalCore, MatrixCore, SparseCore, banded_p
 from cersa_diffusion.functional import decompose, energy_rank
 from cersa_diffusion.inject import replacement
 
-from .conftest import DEVICE, randn
+from .conftest import DEVICE, raises, randn
 
 
 def make_layer(m=20, n=30, alpha=0.9, beta=0.7, bias=True, dtype=torch.float32, seed=0) -> tuple[nn.Linear, CersaLinear]:
@@ -127,11 +127,11 @@ def test_cores_of_different_rank_add_up_with_their_strengths():
 
 def test_core_names_and_ranks_are_checked():
     _, layer = make_layer()
-    with pytest.raises(ConfigError, match="already on this layer"):
+    with raises(ConfigError, "default"):
         layer.add_core("default", MatrixCore(2))
-    with pytest.raises(ConfigError, match="does not fit"):
+    with raises(ConfigError, str(layer.kept_rank)):
         layer.add_core("other", MatrixCore(3, offset=layer.kept_rank - 2))
-    with pytest.raises(ConfigError, match="no adapter 'other'"):
+    with raises(ConfigError, "other"):
         layer.delete_core("other")
 
 
