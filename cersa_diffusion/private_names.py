@@ -64,7 +64,6 @@ LOAD_FROM_CHECKPOINT = PrivateName("transformers", "Trainer._load_from_checkpoin
 LOAD_BEST_MODEL = PrivateName("transformers", "Trainer._load_best_model", "going back to the best checkpoint (overridden)")
 
 # diffusers.
-COLLATE_LORA_METADATA = PrivateName("diffusers.training_utils", "_collate_lora_metadata", "the settings inside a LoRA file")
 REAPPLY_GROUP_OFFLOADING = PrivateName(
     "diffusers.hooks.group_offloading", "_maybe_remove_and_reapply_group_offloading", "changing the layers of an offloaded model"
 )

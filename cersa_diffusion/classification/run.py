@@ -23,6 +23,7 @@ from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complet
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.files import atomic_write
 from cersa_diffusion.processes import share_bases
+from cersa_diffusion.versions import check_versions
 
 METRICS_FILE = "metrics.json"
 ROW_FILE = "table_row.md"
@@ -113,6 +114,7 @@ def train_classifier(
         CersaError: a checkpoint that cannot be resumed.
         NonFiniteError: the loss or the predictions became NaN or infinite.
     """
+    check_versions()
     output_dir = Path(arguments.output_dir)
     checkpoint = _checkpoint(settings, data, arguments, output_dir)
     trainer, splits, metric = _prepare(settings, data, arguments)

@@ -189,15 +189,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_of(file)
-
-
-def _digest_of(file) -> str:
-    # Python 3.10 has no hashlib.file_digest.
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(folder: Path) -> str | None:

@@ -28,6 +28,7 @@ from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.run import DreamBoothRun
 from cersa_diffusion.training.run_lock import run_lock
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings, write_settings
+from cersa_diffusion.versions import check_versions
 
 
 def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallback] | None = None) -> TrainResult | None:
@@ -49,6 +50,7 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
     """
     callbacks = [ProgressBar(config)] if callbacks is None else callbacks
     output_dir = Path(config.output_dir)
+    check_versions()
     check_optimizer(config)
     _check_trackers(config)
     instance = read_examples(config)
