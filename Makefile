@@ -13,7 +13,7 @@ help:
 	@echo "make test-newest, make test-lowest    the same with the newest and the lowest versions that pyproject.toml admits"
 	@echo "make constraints    constraints.txt anew, from the registry"
 	@echo "make check   lint and formatting"
-	@echo "make bench   speed and memory as ratios to LoRA and full fine-tuning: layers, loading, decomposing a whole UNet"
+	@echo "make bench   speed and memory as ratios to LoRA and full fine-tuning: layers, loading, saving, decomposing a whole UNet"
 	@echo "make base    rebuild the embedded models from openly licensed artwork (needs npm; long)"
 
 install: $(INSTALLED)
@@ -65,6 +65,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) benchmarks/layers.py
 	$(RUN) benchmarks/loading.py
+	$(RUN) benchmarks/saving.py
 	$(RUN) benchmarks/whole_model.py --fraction 0.1
 
 base: $(INSTALLED)

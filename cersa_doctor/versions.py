@@ -124,8 +124,9 @@ def _transformers_and_peft() -> Iterator[BadPair]:
     if transformers and peft and transformers >= Version("5.24") and peft < Version("0.22"):
         yield BadPair(
             f"transformers {transformers} with peft {peft}",
-            "transformers 5.24 and newer refuse peft below 0.22 in their own add_adapter and load_adapter, and so does "
-            "diffusers' load_lora_weights with a file that changes a text encoder",
+            "transformers 5.24 and newer refuse peft below 0.22 in their own add_adapter, set_adapter, active_adapters and "
+            "delete_adapter, which is what a text encoder with a LoRA is changed and saved by; cersa_diffusion itself needs none "
+            "of them",
             "pip install 'transformers<5.24', or peft 0.22 once there is one",
             stops_training=False,
         )

@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Saving an adapter: `save_adapter` of every linear layer of a pipeline beside its LoRA (r = 32), in one run.
+
+Medians over several saves, flushed to the disk. A model that was injected has its pivots from the decomposition; "choosing the
+pivots" is a model whose bases came from a state dict.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from torch import nn
+
+import cersa_diffusion as cersa
+from cersa_diffusion.inject import cersa_layers
+from cersa_diffusion.lora_files import save_lora
+from cersa_diffusion.methods import LoraAdaptation
+from cersa_diffusion.training.base import TARGET_MODULES, load_base
+
+LORA_RANK = 32
+
+
+def injected(base: str, alpha: float) -> dict[str, nn.Module]:
+    """The UNet and the text encoder of a base with a change in every target layer."""
+    torch.manual_seed(0)
+    pipeline = load_base(base)
+    for name, targets in TARGET_MODULES.items():
+        model = getattr(pipeline, name)
+        cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=targets), show_progress=False)
+        for layer in cersa_layers(model).values():
+            layer.cores["default"].D.data.normal_(std=0.01)
+    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
+
+
+def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of every save."""
+    seconds = []
+    for _ in range(repeats):
+        before()
+        start = time.perf_counter()
+        save()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "assets" / "emoji-base"))
+    parser.add_argument("--alpha", type=float, default=0.95)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["CERSA_CACHE"] = str(folder / "cache")
+        models = injected(arguments.base, arguments.alpha)
+        layers = [layer for model in models.values() for layer in cersa_layers(model).values()]
+        untrained = load_base(arguments.base)
+        loras = {}
+        for component, targets in TARGET_MODULES.items():
+            loras[component] = LoraAdaptation(targets, LORA_RANK)
+            loras[component].prepare(getattr(untrained, component))
+
+        def save_cersa() -> None:
+            cersa.save_adapter(models, folder / "cersa.safetensors")
+
+        def save_as_lora() -> None:
+            weights = {component: lora.weights(getattr(untrained, component)) for component, lora in loras.items()}
+            save_lora(folder / "lora.safetensors", weights, {})
+
+        def forget_pivots() -> None:
+            for layer in layers:
+                layer.load_state_dict(layer.state_dict())
+
+        rows = {
+            "LoRA r = 32": timed(save_as_lora, lambda: None, arguments.repeats),
+            "CERSA": timed(save_cersa, lambda: None, arguments.repeats),
+            "CERSA, choosing the pivots": timed(save_cersa, forget_pivots, arguments.repeats),
+        }
+    print(f"{len(layers)} layers, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}\n")
+    print("| | seconds | lowest | highest |\n|---|---|---|---|")
+    for title, seconds in rows.items():
+        print(f"| {title} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
