@@ -17,6 +17,8 @@ from hypothesis import settings
 from torch import nn
 
 import cersa_diffusion as cersa
+from cersa_diffusion import cache
+from cersa_diffusion.functional import Decomposition
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Where the tests of layers, models, adapters and pipelines compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU.
@@ -170,3 +172,22 @@ def run_script(
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
     )
+
+
+@pytest.fixture
+def other_machine(monkeypatch, tmp_path):
+    """A function that changes what another machine changes: an empty cache elsewhere, and other signs of the singular vectors."""
+
+    def move():
+        decompose = cache.decompose
+
+        def decompose_differently(weight: torch.Tensor) -> Decomposition:
+            U, s, Vh = decompose(weight)
+            generator = torch.Generator().manual_seed(weight.shape[0])
+            signs = 1.0 - 2.0 * torch.randint(2, (len(s),), generator=generator).to(s)
+            return Decomposition(U * signs, s, signs[:, None] * Vh)
+
+        monkeypatch.setattr(cache, "decompose", decompose_differently)
+        monkeypatch.setenv("CERSA_CACHE", str(tmp_path / "another-cache"))
+
+    return move

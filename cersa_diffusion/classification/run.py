@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DataCollatorWithPadding, EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -268,7 +269,13 @@ def _finish(trainer: ClassifierTrainer, figures: dict, output_dir: Path) -> Trai
     facts = {name: figures[name] for name in ("data", "metric", "score", "steps", "seed", "preset")}
     folder = output_dir / RESULT_FOLDER
     settings = {f.name: getattr(classifier.settings, f.name) for f in fields(ClassifierSettings)}
-    path = save_classifier(classifier, folder, facts | {"settings": settings, "versions": versions})
+    try:
+        path = save_classifier(classifier, folder, facts | {"settings": settings, "versions": versions})
+    except (OSError, SafetensorError) as error:  # safetensors has no OSError for a full disk
+        raise CersaError(
+            f"{folder}: all steps are done, but the result cannot be written ({error}): make room, then "
+            "--resume_from_checkpoint latest writes it"
+        ) from error
     trained = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
     head = {id(p) for name in classifier.head for p in classifier.model.get_submodule(name).parameters()}
     moments = [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

@@ -94,6 +94,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, model_path, picture_fo
     assert whole.scores == resumed.scores and resumed.steps == 8
 
 
+def test_a_run_goes_on_on_another_machine(model_path, text_files, tmp_path, other_machine):
+    options = {"method": "cersa", "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 6}
+    whole = run(model_path("bert"), text_data(text_files), tmp_path / "run", **options)
+    for step in range(6, whole.steps + 1):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}", ignore_errors=True)
+    other_machine()
+    with pytest.warns(UserWarning, match="moments start anew"):
+        moved = run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", **options)
+    assert moved.steps == whole.steps and moved.loss == pytest.approx(whole.loss, rel=0.02) and moved.loss != whole.loss
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_the_last_step_is_in_a_checkpoint_whatever_is_saved_on_the_way(model_path, text_files, tmp_path, monkeypatch, strategy):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    options = {"method": "cersa", "save_strategy": strategy}
+    with monkeypatch.context() as patch:
+        patch.setattr("cersa_diffusion.classification.run.save_classifier", full_disk)
+        with pytest.raises(CersaError, match="--resume_from_checkpoint latest"):
+            run(model_path("bert"), text_data(text_files), tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "metrics.json").exists() and not list((tmp_path / "run").glob("result/*"))
+    finished = run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", **options)
+    whole = run(model_path("bert"), text_data(text_files), tmp_path / "whole", **options)
+    first, second = (load_file(Path(report.result) / "pytorch_cersa_weights.safetensors") for report in (finished, whole))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_a_finished_run_resumed_keeps_its_figures(model_path, text_files, tmp_path):
     own = {"method": "cersa", "save_strategy": "steps", "save_steps": 8}
     whole = run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cersa_diffusion import CersaError, cache
-from cersa_diffusion.functional import Decomposition
+from cersa_diffusion import CersaError
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
 from cersa_diffusion.training.checkpoints import list_checkpoints
 
@@ -22,25 +21,6 @@ class Losses(TrainingCallback):
 
     def on_step(self, progress):
         self.values.append(progress.loss)
-
-
-@pytest.fixture
-def other_machine(monkeypatch, tmp_path):
-    """What another machine changes: an empty cache elsewhere, other signs and, within close values, turned vectors."""
-
-    def move():
-        decompose = cache.decompose
-
-        def decompose_differently(weight: torch.Tensor) -> Decomposition:
-            U, s, Vh = decompose(weight)
-            generator = torch.Generator().manual_seed(weight.shape[0])
-            signs = 1.0 - 2.0 * torch.randint(2, (len(s),), generator=generator).to(s)
-            return Decomposition(U * signs, s, signs[:, None] * Vh)
-
-        monkeypatch.setattr(cache, "decompose", decompose_differently)
-        monkeypatch.setenv("CERSA_CACHE", str(tmp_path / "another-cache"))
-
-    return move
 
 
 def settings_of(small_settings: dict, tmp_path: Path, name: str, **options) -> DreamBoothConfig:
