@@ -1,13 +1,15 @@
 """What the tests share: the embedded models, small trained models, and starting the real command line."""
 
 import copy
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import hypothesis
@@ -109,6 +111,17 @@ def network() -> nn.Module:
             U, s, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
             layer.weight = nn.Parameter((U * s * torch.logspace(0, -1.5, len(s))) @ Vh)
     return model.to(DEVICE)
+
+
+def script_error(script: str, *arguments: str | Path) -> str:
+    """What a script that ends with an error says last; run in this process, which has imported all that it needs."""
+    written = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(written), pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    # A text is what Python itself prints when it ends; argparse prints its own and ends with a number.
+    assert ended.value.code not in (0, None)
+    return ended.value.code if isinstance(ended.value.code, str) else written.getvalue().strip().splitlines()[-1]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from cersa_diffusion.classification import load_classifier
 
-from ..conftest import run_script
+from ..conftest import run_script, script_error
 
 SCRIPT = "scripts/train_glue_cersa.py"
 GOOD = ("wonderful", "superb", "charming", "brilliant", "touching", "funny", "moving", "excellent")
@@ -72,8 +72,6 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(changes, message, fi
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(model)
     BertConfig(vocab_size=2).save_pretrained(model)
-    finished = run_script(SCRIPT, *options(model, files, tmp_path / "run", **changes))
-    assert finished.returncode != 0
-    assert message in finished.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in finished.stderr
+    error = script_error(SCRIPT, *options(model, files, tmp_path / "run", **changes))
+    assert message in error and "\n" not in error
     assert not (tmp_path / "run").exists()

@@ -166,7 +166,7 @@ class Victim:
 
 @pytest.mark.parametrize(
     ("method", "deaths"),
-    [("cersa", 2), pytest.param("cersa", 30, marks=pytest.mark.slow), pytest.param("lora", 30, marks=pytest.mark.slow)],
+    [("cersa", 1), pytest.param("cersa", 30, marks=pytest.mark.slow), pytest.param("lora", 30, marks=pytest.mark.slow)],
 )
 def test_killed_runs_resume_and_end_in_the_same_weights(method, deaths, bases, subject_path, tmp_path):
     # More steps than 0.4 s of every life can do, or one of them would end of itself.

@@ -54,7 +54,9 @@ def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcome
 
 def train_by_two(configs: list[DreamBoothConfig], flip: bool) -> dict[int, list[float] | str]:
     """Rank -> losses (of the first process) or error."""
-    context = multiprocessing.get_context("spawn")
+    # Imports everything once, for all the processes of these tests.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cersa_diffusion.training"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
