@@ -2,11 +2,11 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cersa_diffusion.budget import dense_layers, untouched_bytes
 from cersa_diffusion.inject import match_targets
@@ -89,6 +89,15 @@ def memory_table(uses: Mapping[str, MemoryUse], config: DreamBoothConfig, dtype:
 
 def _trained(config: DreamBoothConfig) -> list[str]:
     return ["UNet", "text encoder"] if config.train_text_encoder else ["UNet"]
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the numbers in tensors.
+
+    Args:
+        tensors: each is counted once.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def peak_memory(device: torch.device) -> int:

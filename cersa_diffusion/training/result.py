@@ -1,6 +1,7 @@
 """What a run made and what it took, in numbers and in words."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,18 @@ from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.truncation import TruncationCost
 
 RESULT_FILE = "result.json"
+
+
+def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
+    """Bytes of the result of a run.
+
+    Args:
+        weights_path: a file, or the folder of a pipeline, of which the trained components are counted.
+        components: their names.
+    """
+    if weights_path.is_file():
+        return weights_path.stat().st_size
+    return sum(file.stat().st_size for name in components for file in (weights_path / name).glob("*.safetensors"))
 
 
 @dataclass(frozen=True)

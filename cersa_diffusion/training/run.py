@@ -33,10 +33,10 @@ from cersa_diffusion.training.interrupt import StopRequest
 from cersa_diffusion.training.keeping import CheckpointKeeper
 from cersa_diffusion.training.latent_cache import LatentCache, cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
-from cersa_diffusion.training.memory_report import memory_table, peak_memory, planned_memory
+from cersa_diffusion.training.memory_report import memory_table, peak_memory, planned_memory, tensor_bytes
 from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.optimizers import make_optimizer
-from cersa_diffusion.training.result import TrainResult
+from cersa_diffusion.training.result import TrainResult, size_on_disk
 from cersa_diffusion.training.truncation import TruncationCost, probe_loss
 
 # What the header of the result says of the run.
@@ -381,24 +381,14 @@ class DreamBoothRun:
             decompose_seconds=self.prepare_seconds,
             loss=sum(tail) / len(tail) if tail else None,
             trainable_parameters=sum(parameter.numel() for parameter in trained),
-            weight_bytes=_bytes(held.values()),
-            gradient_bytes=_bytes(trained),
-            optimizer_bytes=_bytes(moments),
+            weight_bytes=tensor_bytes(held.values()),
+            gradient_bytes=tensor_bytes(trained),
+            optimizer_bytes=tensor_bytes(moments),
             peak_memory_bytes=peak_memory(self.accelerator.device),
             pictures_per_second=self.pictures_per_second,
-            file_bytes=_size_on_disk(weights_path, list(self.components)),
+            file_bytes=size_on_disk(weights_path, list(self.components)),
             truncation=self.truncation,
         )
-
-
-def _bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _size_on_disk(path: Path, components: list[str]) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for name in components for file in (path / name).glob("*.safetensors"))
 
 
 def _duration(seconds: float) -> str:
