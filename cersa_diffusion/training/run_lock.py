@@ -10,6 +10,8 @@ from filelock import FileLock, Timeout
 from cersa_diffusion.errors import ConfigError
 
 LOCK_FILE = ".training.lock"
+# A file of its own: filelock before 4 empties a lock that somebody asks for, and Windows lets nobody read one that is held.
+PROCESS_FILE = ".training.process"
 # Others who look whether the lock is held have it for a moment.
 PATIENCE_SECONDS = 2.0
 
@@ -43,11 +45,13 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written to ({error.strerror}): choose another folder") from error
-    with suppress(OSError):  # Windows lets nobody write a locked file: others then read no number
-        path.write_text(str(os.getpid()))
+    process = folder / PROCESS_FILE
     try:
+        with suppress(OSError):  # others then read no number
+            process.write_text(str(os.getpid()))
         yield
     finally:
+        process.unlink(missing_ok=True)
         with suppress(OSError):  # Windows removes no file that is open
             path.unlink()
         lock.release()
@@ -69,9 +73,8 @@ def training_process(output_dir: str | os.PathLike) -> str | None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with suppress(OSError):  # Windows lets nobody read a locked file
-            number = path.read_text().strip()
-            return f"process {number}" if number else "another process"
+        with suppress(OSError):  # it has only just begun, or is at its end
+            return f"process {(path.parent / PROCESS_FILE).read_text()}"
         return "another process"
     except OSError:
         return None  # the folder was removed meanwhile, or is read-only: nobody trains there
