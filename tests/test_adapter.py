@@ -19,7 +19,7 @@ from cersa_diffusion.functional import Decomposition, Pivots, decompose
 from cersa_diffusion.inject import cersa_layers
 
 from .adapter_files import damage
-from .conftest import train
+from .conftest import randn, train
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_every_setting_saves_and_loads(network, config, tmp_path):
     cersa.save_adapter(model, tmp_path / "a.safetensors")
     cersa.load_adapter(network, tmp_path / "a.safetensors", show_progress=False)
     assert max(change_errors(network, model)) <= 0.005
-    x = torch.randn(8, 48)
+    x = randn(8, 48)
     torch.testing.assert_close(network(x), model(x), rtol=5e-3, atol=5e-3)
     cersa.restore_base(network)
     assert isinstance(network[0], nn.Linear)

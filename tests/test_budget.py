@@ -20,7 +20,7 @@ from cersa_diffusion.memory import DenseLayer, cersa_memory
 from cersa_diffusion.planner import choose_ranks, plan_memory
 from cersa_diffusion.tokens import LayerInput
 
-from .conftest import raises, train
+from .conftest import raises, randn, train
 
 UNTOUCHED = {"net.conv": 100}
 
@@ -254,7 +254,7 @@ def test_an_adapter_of_a_budget_loads_into_the_base(network, tmp_path):
     cersa.save_adapter(model, tmp_path / "a.safetensors", dtype=torch.float32)
     cersa.load_adapter(network, tmp_path / "a.safetensors", show_progress=False)
     assert ranks_in(network) == ranks_in(model)
-    x = torch.randn(7, 48)
+    x = randn(7, 48)
     torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
 
 

@@ -22,6 +22,8 @@ import cersa_diffusion.cache as cache_module
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.cache import DecompositionCache, LeadingFactors, leading_factors, weight_key
 
+from .conftest import DEVICE, randn
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> DecompositionCache:
@@ -49,7 +51,7 @@ def test_second_injection_reads_and_gives_the_same_bits_as_none(network, cache, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_bases_have_entries_of_their_own(cache, dtype):
-    weight = torch.randn(12, 8)
+    weight = randn(12, 8)
     assert weight_key(weight) != weight_key(weight.to(dtype)) != weight_key(weight.to(dtype).T)
     direct = leading_factors(weight.to(dtype), lambda s: 5, None)
     leading_factors(weight.to(dtype), lambda s: 5, cache)
@@ -58,7 +60,7 @@ def test_sixteen_bit_bases_have_entries_of_their_own(cache, dtype):
 
 
 def test_more_components_than_the_entry_has_are_computed_and_kept(cache):
-    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    weight = randn(20, 16, generator=torch.Generator().manual_seed(0))
     assert leading_factors(weight, lambda s: 4, cache).U.shape == (20, 4)
     assert leading_factors(weight, lambda s: 9, cache).U.shape == (20, 9)
     assert cache.read(weight_key(weight)).Vh.shape == (9, 16) and cache.info().entries == 1
@@ -75,7 +77,7 @@ def flipped(content: bytes, place: int, bits: int = 1) -> bytes:
 
 @pytest.mark.parametrize("damage", ["cut in the header", "cut in the numbers", "one bit of a number", "a longer header", "empty"])
 def test_a_damaged_entry_is_named_and_replaced(cache, damage):
-    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    weight = randn(20, 16, generator=torch.Generator().manual_seed(0))
     expected = leading_factors(weight, lambda s: 4, cache)
     path = only_entry(cache)
     content = path.read_bytes()
@@ -95,15 +97,15 @@ def test_a_damaged_entry_is_named_and_replaced(cache, damage):
 
 
 def test_an_entry_of_another_weight_is_replaced(cache):
-    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    weight = randn(20, 16, generator=torch.Generator().manual_seed(0))
     expected = leading_factors(weight, lambda s: 4, cache)
-    cache.write(weight_key(weight), leading_factors(torch.randn(16, 20), lambda s: 4, None))
+    cache.write(weight_key(weight), leading_factors(randn(16, 20), lambda s: 4, None))
     again = leading_factors(weight, lambda s: 4, cache)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def test_a_thousand_flipped_bytes_are_each_noticed(cache):
-    leading_factors(torch.randn(12, 9, generator=torch.Generator().manual_seed(0)), lambda s: 4, cache)
+    leading_factors(randn(12, 9, generator=torch.Generator().manual_seed(0)), lambda s: 4, cache)
     path = only_entry(cache)
     content, chance = path.read_bytes(), random.Random(0)
     header = range(8 + int.from_bytes(content[:8], "little"))
@@ -138,13 +140,13 @@ def test_a_damaged_entry_in_a_read_only_cache_is_not_used(read_only_cache):
     path = only_entry(read_only_cache)
     path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 100))
     with pytest.warns(UserWarning, match=path.name):
-        again = leading_factors(torch.eye(9, 5), lambda s: 3, read_only_cache)
-    expected = leading_factors(torch.eye(9, 5), lambda s: 3, None)
+        again = leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, read_only_cache)
+    expected = leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, None)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def test_what_a_killed_writer_left_is_counted_and_removed(cache):
-    leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+    leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, cache)
     entry = only_entry(cache)
     old, new = entry.with_name(".old.tmp"), entry.with_name(".new.tmp")
     for path in (old, new):
@@ -159,7 +161,7 @@ def test_what_a_killed_writer_left_is_counted_and_removed(cache):
 
 
 def test_the_limit_removes_what_was_unused_for_longest(cache):
-    weights = [torch.randn(30, 30, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    weights = [randn(30, 30, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for age, weight in enumerate(weights):
         leading_factors(weight, len, cache)
         path = cache.folder / weight_key(weight)[:2] / f"{weight_key(weight)}.safetensors"
@@ -206,7 +208,7 @@ def decompose_and_note(folder: str, log: str, barrier) -> None:
     cache = DecompositionCache(folder, 2**30)
     barrier.wait()
     for size in range(20, 40):
-        leading_factors(torch.eye(40, size), lambda s: 4, cache)
+        leading_factors(torch.eye(40, size, device=DEVICE), lambda s: 4, cache)
 
 
 def test_two_processes_that_want_the_same_entries_compute_each_once(cache, tmp_path):
@@ -228,7 +230,7 @@ def hold_for_ever(folder: str, key: str, held) -> None:
 
 
 def test_a_process_that_dies_while_it_computes_holds_nobody_up(cache):
-    weight = torch.randn(9, 5)
+    weight = randn(9, 5)
     context = multiprocessing.get_context("spawn")
     held = context.Event()
     holder = context.Process(target=hold_for_ever, args=(str(cache.folder), weight_key(weight), held))
@@ -243,7 +245,7 @@ def read_only_cache():
     """A filled cache in a folder that this process may not write."""
     with tempfile.TemporaryDirectory() as folder:
         cache = DecompositionCache(Path(folder) / "cache", 2**30)
-        leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+        leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, cache)
         only_entry(cache).chmod(0o666)  # for whoever damages it; nobody may add or remove files
         os.chmod(folder, 0o755)
         for path in (cache.folder, *cache.folder.glob("**/*/")):
@@ -259,12 +261,12 @@ def read_only_cache():
 
 
 def test_a_read_only_cache_is_read_and_costs_one_warning(read_only_cache):
-    key = weight_key(torch.eye(9, 5))
+    key = weight_key(torch.eye(9, 5, device=DEVICE))
     assert read_only_cache.read(key) is not None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for size in (6, 7, 8):
-            assert leading_factors(torch.eye(9, size), lambda s: 3, read_only_cache).U.shape == (9, 3)
+            assert leading_factors(torch.eye(9, size, device=DEVICE), lambda s: 3, read_only_cache).U.shape == (9, 3)
         read_only_cache.limit_bytes = 1
         read_only_cache.trim()
     assert [str(read_only_cache.folder) in str(warning.message) for warning in caught] == [True]
@@ -280,7 +282,7 @@ def test_a_cache_that_cannot_even_be_a_folder_does_not_stop_an_injection(network
 
 
 def test_entries_follow_the_umask(cache):
-    leading_factors(torch.eye(9, 5), lambda s: 3, cache)
+    leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, cache)
     (path,) = cache.folder.glob("*/*.safetensors")
     probe = cache.folder / "probe"
     probe.touch()

@@ -26,6 +26,8 @@ from cersa_diffusion import AdapterFormatError, CersaConfig, CersaLinear, Config
 from cersa_diffusion.cli import main
 from cersa_diffusion.inject import cersa_layers
 
+from .conftest import DEVICE, randn
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 CONFIGS = {"unet": CersaConfig(alpha=0.9), "text_encoder": CersaConfig(alpha=0.9, target_modules=ATTENTION)}
 WEIGHTS, DESCRIPTION = "cersa_model.safetensors", "cersa_compression.json"
@@ -75,11 +77,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def test_pipeline_loads_to_the_bits_of_an_injection_without_a_solver(base_path, compressed_base, no_solver):
-    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
+    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
     for name, config in CONFIGS.items():
         cersa.inject_cersa(getattr(dense, name), config, show_progress=False)
     no_solver()
-    pipe = cersa.load_compressed(compressed_base)
+    pipe = cersa.load_compressed(compressed_base).to(DEVICE)
     assert type(pipe) is StableDiffusionPipeline and not pipe.unet.training
     for name in CONFIGS:
         expected, found = getattr(dense, name), getattr(pipe, name)
@@ -110,14 +112,14 @@ def test_stock_diffusers_refuses_the_folder_instead_of_loading_random_weights(co
 
 
 def test_adapter_of_the_dense_base_loads_on_top_and_unloads(base_path, compressed_base, tmp_path, no_solver):
-    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
+    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
     cersa.inject_cersa(dense.unet, CONFIGS["unet"], show_progress=False)
     for number, layer in enumerate(cersa_layers(dense.unet).values()):
         rank = layer.cores["default"].rank
-        layer.cores["default"].D.data = 0.01 * torch.randn(rank, rank, generator=torch.Generator().manual_seed(number))
+        layer.cores["default"].D.data = 0.01 * randn(rank, rank, generator=torch.Generator().manual_seed(number))
     cersa.save_adapter({"unet": dense.unet}, tmp_path / "adapter.safetensors", dtype=torch.float32)
     no_solver()
-    pipe = cersa.load_compressed(compressed_base)
+    pipe = cersa.load_compressed(compressed_base).to(DEVICE)
     before = factors(pipe.unet)
     pipe.load_cersa_weights(tmp_path / "adapter.safetensors")
     expected, found = cersa_layers(dense.unet), cersa_layers(pipe.unet)
@@ -129,10 +131,10 @@ def test_adapter_of_the_dense_base_loads_on_top_and_unloads(base_path, compresse
 
 
 def test_adapter_of_a_larger_energy_share_is_refused_by_name(base_path, compressed_base, tmp_path):
-    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
+    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
     cersa.inject_cersa(dense.unet, CersaConfig(alpha=0.99), show_progress=False)
     cersa.save_adapter({"unet": dense.unet}, tmp_path / "adapter.safetensors")
-    pipe = cersa.load_compressed(compressed_base)
+    pipe = cersa.load_compressed(compressed_base).to(DEVICE)
     with pytest.raises(ConfigError, match=r"keeps .* components"):
         pipe.load_cersa_weights(tmp_path / "adapter.safetensors")
 
@@ -140,13 +142,13 @@ def test_adapter_of_a_larger_energy_share_is_refused_by_name(base_path, compress
 def test_training_on_a_compressed_model(tmp_path):
     text_model(tmp_path / "dense")
     cersa.compress(tmp_path / "dense", tmp_path / "small", alpha=0.9, show_progress=False)
-    model = cersa.load_compressed(tmp_path / "small")
+    model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
     with pytest.raises(ConfigError, match="CERSA layers already: add_adapter"):
         cersa.inject_cersa(model, CersaConfig())
     cersa.add_adapter(model, "mine")
     trained = cersa.trainable_parameters(model)
     assert [tuple(core.shape) for core in trained] == [(layer.kept_rank,) * 2 for layer in cersa_layers(model).values()]
-    tokens = torch.arange(10).reshape(2, 5)
+    tokens = torch.arange(10, device=DEVICE).reshape(2, 5)
     before, frozen = model(tokens).last_hidden_state, {name: tensor.clone() for name, tensor in factors(model).items()}
     optimizer = torch.optim.AdamW(trained, 1e-2)
     model(tokens).last_hidden_state.square().mean().backward()
@@ -154,7 +156,7 @@ def test_training_on_a_compressed_model(tmp_path):
     assert not torch.equal(model(tokens).last_hidden_state, before)
     assert_same(factors(model), frozen)
     cersa.save_adapter(model, tmp_path / "mine.safetensors", adapter_name="mine", dtype=torch.float32)
-    dense = CLIPTextModel.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    dense = CLIPTextModel.from_pretrained(tmp_path / "dense", dtype=torch.float32).to(DEVICE)
     cersa.load_adapter(dense, tmp_path / "mine.safetensors", show_progress=False)
     torch.testing.assert_close(dense(tokens).last_hidden_state, model(tokens).last_hidden_state, rtol=1e-3, atol=1e-4)
 
@@ -162,11 +164,11 @@ def test_training_on_a_compressed_model(tmp_path):
 def test_an_architecture_whose_files_have_other_names_than_its_modules(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
-    model = ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit").to(DEVICE)
+    model = ViTForImageClassification.from_pretrained(tmp_path / "vit").to(DEVICE)
     cersa.inject_cersa(model, CersaConfig(alpha=0.8), show_progress=False)
     cersa.compress(tmp_path / "vit", tmp_path / "small", alpha=0.8, show_progress=False)
-    opened, pixels = cersa.load_compressed(tmp_path / "small"), torch.randn(2, 3, 16, 16)
+    opened, pixels = cersa.load_compressed(tmp_path / "small").to(DEVICE), randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(opened(pixels).logits, model.eval()(pixels).logits, atol=1e-5)
     assert len(cersa_layers(opened)) == len(cersa_layers(model)) == 13
@@ -210,7 +212,7 @@ def test_shards_and_both_spellings_of_clip_keys(tmp_path, prefix):
     cersa.compress(tmp_path / "shards", tmp_path / "small", alpha=0.9, show_progress=False)
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [DESCRIPTION, WEIGHTS, "config.json"]
     cersa.inject_cersa(dense, CersaConfig(alpha=0.9), show_progress=False)
-    model = cersa.load_compressed(tmp_path / "small")
+    model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
     assert_same(dict(model.state_dict()), {name: t for name, t in dense.state_dict().items() if ".cores." not in name})
 
 
@@ -218,7 +220,7 @@ def test_layers_left_dense_stay_bit_for_bit(tmp_path):
     dense = text_model(tmp_path / "dense")
     config = CersaConfig(alpha=0.9, target_modules=["fc1", "fc2"], unprofitable="skip")
     report = cersa.compress(tmp_path / "dense", tmp_path / "small", config=config, show_progress=False)
-    model = cersa.load_compressed(tmp_path / "small")
+    model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
     assert set(cersa_layers(model)) == set(report.layers)
     kept = dict(model.named_parameters())
     assert all(torch.equal(kept[name], tensor) for name, tensor in dense.named_parameters() if name in kept)
@@ -234,9 +236,10 @@ def test_tied_weights_are_refused_and_others_survive(tmp_path):
     assert not (tmp_path / "small").exists()
     config = CersaConfig(alpha=1.0, exclude_modules=["decoder"])
     cersa.compress(tmp_path / "tied", tmp_path / "small", config=config, show_progress=False)
-    model, tokens = cersa.load_compressed(tmp_path / "small"), torch.arange(8).reshape(2, 4)
+    model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
+    tokens = torch.arange(8, device=DEVICE).reshape(2, 4)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
-    torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(tokens).logits, tied.to(DEVICE)(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["AutoModel", "CLIPTextConfig", "is_torch_available", 7])

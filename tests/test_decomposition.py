@@ -18,7 +18,7 @@ from cersa_diffusion import CersaConfig, CersaError
 from cersa_diffusion.cache import DecompositionCache, leading_factors
 from cersa_diffusion.decomposition import LayerJob, decompose_layers, shares
 
-from .conftest import raises
+from .conftest import DEVICE, raises
 
 SHAPES = ((30, 20), (64, 64), (9, 50), (64, 48), (1, 7), (33, 40))
 
@@ -44,7 +44,7 @@ def threads():
 
 def network(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(*(nn.Linear(n, m) for m, n in SHAPES))
+    return nn.Sequential(*(nn.Linear(n, m) for m, n in SHAPES)).to(DEVICE)
 
 
 def jobs_of(model: nn.Module) -> list[LayerJob]:
@@ -70,7 +70,7 @@ def test_work_is_only_a_little_ahead_of_the_results_taken(no_cache, threads):
     loaded = []
 
     def job(number: int) -> LayerJob:
-        return LayerJob(str(number), (8, 8), lambda: loaded.append(number) or torch.eye(8), lambda s: 2)
+        return LayerJob(str(number), (8, 8), lambda: loaded.append(number) or torch.eye(8, device=DEVICE), lambda s: 2)
 
     with decompose_layers([job(number) for number in range(40)], show_progress=False) as results:
         for taken in range(1, 11):
@@ -88,7 +88,7 @@ def test_the_bar_names_layers_and_says_the_remaining_time(no_cache, capsys):
 
 def test_a_solver_that_gives_up_names_the_layer_and_leaves_the_model(no_cache):
     model = network(0)
-    model[3] = nn.Linear(4, 4, dtype=torch.float64)
+    model[3] = nn.Linear(4, 4, dtype=torch.float64, device=DEVICE)
     nn.init.constant_(model[3].weight, 1e200)  # finite, but its square is not
     with raises(CersaError, "3"):
         cersa.inject_cersa(model, CersaConfig(), show_progress=False)
@@ -140,7 +140,7 @@ def injected(seed: int) -> dict:
     cache_module.decompose = lambda weight: solved.append(list(weight.shape)) or solve(weight)
     model = network(seed)
     if seed == 3:
-        model[3] = nn.Linear(4, 4, dtype=torch.float64)
+        model[3] = nn.Linear(4, 4, dtype=torch.float64, device=DEVICE)
         nn.init.constant_(model[3].weight, 1e200)
     try:
         cersa.inject_cersa(model, CersaConfig(alpha=0.8), show_progress=False)

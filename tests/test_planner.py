@@ -23,6 +23,8 @@ from cersa_diffusion.plan_report import compression_rate, plot_plan
 from cersa_diffusion.planner import METHODS, MemoryUse, layer_kind, plan_memory
 from cersa_diffusion.tokens import LayerInput, count_tokens, pipeline_tokens
 
+from .conftest import DEVICE, randn
+
 LORA_RANK = 5
 CONFIG = CersaConfig(alpha=0.9, beta=0.7)
 # Every kind of core, with and without the residual: the table of docs/method.md.
@@ -86,8 +88,8 @@ def measured(model: nn.Module, optimizer: str, dtype: torch.dtype = torch.float3
     """What the tensors of a prepared model occupy after a step, all but activations."""
     trained = cersa.trainable_parameters(model)
     steps = REAL_OPTIMIZERS[optimizer](trained, lr=1e-3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        model(torch.randn(4, 48)).float().square().mean().backward()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(randn(4, 48)).float().square().mean().backward()
     steps.step()
     return MemoryUse(
         frozen=occupied([p for p in model.parameters() if not p.requires_grad]) + occupied(model.buffers()),
@@ -126,7 +128,7 @@ def kept_by_autograd(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> i
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32),
     ):
         model(x.clone())  # not a leaf, as inside a model: autocast would keep one cast of a leaf for all layers
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
@@ -145,7 +147,7 @@ def test_saved_activations_of_every_kind_of_core(dtype, config):
 
 
 def check_activations(method: str, dtype: torch.dtype, config: CersaConfig) -> None:
-    model, x = nn.Sequential(nn.Linear(48, 40)), torch.randn(3, 11, 48, requires_grad=True)
+    model, x = nn.Sequential(nn.Linear(48, 40)).to(DEVICE), randn(3, 11, 48).requires_grad_()
     tokens = {"model.0": LayerInput(33)}
     plan = plan_memory(model, config, lora_rank=LORA_RANK, weight_dtype=dtype, tokens=tokens, show_progress=False)
     prepare(model, method, dtype, config)
@@ -155,7 +157,7 @@ def check_activations(method: str, dtype: torch.dtype, config: CersaConfig) -> N
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_of_several_layers_is_kept_once_in_float32(method, dtype):
-    model, x = Attention(), torch.randn(2, 7, 24, requires_grad=True)
+    model, x = Attention().to(DEVICE), randn(2, 7, 24).requires_grad_()
     tokens = count_tokens(model, lambda: model(x))
     plan = plan_memory(model, CONFIG, lora_rank=LORA_RANK, weight_dtype=dtype, tokens=tokens, show_progress=False)
     prepare(model, method, dtype)
@@ -163,7 +165,7 @@ def test_an_input_of_several_layers_is_kept_once_in_float32(method, dtype):
 
 
 def test_tokens_are_counted_with_and_without_data():
-    model, x = Attention(), torch.randn(2, 7, 24)
+    model, x = Attention().to(DEVICE), randn(2, 7, 24)
     tokens = count_tokens(model, lambda: model(x))
     assert {name: given.rows for name, given in tokens.items()} == {
         "model.to_q": 14, "model.to_k": 14, "model.to_v": 14, "model.to_out.0": 14, "model.unused": 0,
@@ -172,7 +174,7 @@ def test_tokens_are_counted_with_and_without_data():
 
     def without_data():
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model(torch.zeros(2, 7, 24))
+            model(torch.zeros(2, 7, 24, device=DEVICE))
 
     assert count_tokens({"model": model}, without_data) == tokens
     assert not any(layer._forward_pre_hooks for layer in model.modules())
@@ -184,7 +186,7 @@ def test_a_layer_that_runs_twice_counts_twice():
 
 
 def test_an_input_kept_by_a_layer_that_is_no_target_counts():
-    model, x = Attention(), torch.randn(2, 7, 24)
+    model, x = Attention().to(DEVICE), randn(2, 7, 24)
     tokens = count_tokens(model, lambda: model(x))
     plan = plan_memory(model, CersaConfig(target_modules=["to_k", "to_v"]), tokens=tokens, show_progress=False)
     assert [layer.memory["full"].activations for layer in plan.layers] == [14 * 24 * 4, 0]

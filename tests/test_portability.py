@@ -25,27 +25,29 @@ from cersa_diffusion.cache import LeadingFactors, leading_factors
 from cersa_diffusion.functional import Decomposition, choose_pivots
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 
+from .conftest import DEVICE, randn
+
 # An alpha at which the bfloat16 base errs by 16 % in one layer of the embedded base when what is decomposed was rounded.
 ALPHA = 0.8
 
 
 def emoji_base(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    pipeline = load_base(str(folder), dtype=dtype)
+    pipeline = load_base(str(folder), dtype=dtype).to(DEVICE)
     return {name: getattr(pipeline, name) for name in TARGET_MODULES}
 
 
 def emoji_loss(parts: dict[str, nn.Module]) -> torch.Tensor:
-    states = parts["text_encoder"](torch.randint(0, 3000, (2, 24)))[0]
-    noise = torch.randn(2, 4, 16, 16)
-    return (parts["unet"](torch.randn_like(noise), torch.randint(0, 1000, (2,)), states).sample - noise).square().mean()
+    states = parts["text_encoder"](torch.randint(0, 3000, (2, 24)).to(DEVICE))[0]
+    noise = randn(2, 4, 16, 16)
+    return (parts["unet"](randn(2, 4, 16, 16), torch.randint(0, 1000, (2,)).to(DEVICE), states).sample - noise).square().mean()
 
 
 def minilm(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    return {"model": AutoModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)}
+    return {"model": AutoModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False).to(DEVICE)}
 
 
 def minilm_loss(parts: dict[str, nn.Module]) -> torch.Tensor:
-    states = parts["model"](torch.randint(1000, 20000, (2, 16))).last_hidden_state
+    states = parts["model"](torch.randint(1000, 20000, (2, 16)).to(DEVICE)).last_hidden_state
     return (states - torch.randn_like(states)).square().mean()
 
 
@@ -134,14 +136,14 @@ def test_other_thread_counts(case, threads, monkeypatch):
 
 
 def flipped(factors: Decomposition) -> Decomposition:
-    signs = torch.where(torch.arange(factors.U.shape[1]) % 3 == 0, -1.0, 1.0)
+    signs = torch.where(torch.arange(factors.U.shape[1]) % 3 == 0, -1.0, 1.0).to(factors.U)
     return Decomposition(factors.U * signs, factors.s, signs[:, None] * factors.Vh)
 
 
 def turned(factors: Decomposition) -> Decomposition:
     """Every pair of neighbours turned against each other, as solvers do to values that are close."""
     rank = factors.U.shape[1]
-    turn = torch.eye(rank)
+    turn = torch.eye(rank, device=DEVICE)
     for first in range(0, rank - 1, 2):
         angle = torch.tensor(0.3 + first)
         pair = slice(first, first + 2)
@@ -215,8 +217,8 @@ def test_weights_that_the_checkpoint_has_under_other_names(tmp_path):
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
     )
     ViTForImageClassification(config).save_pretrained(tmp_path)
-    exact = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float32)
-    rounded = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exact = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float32).to(DEVICE)
+    rounded = ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).to(DEVICE)
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert not {key for key in exact.state_dict() if "attention" in key and key.endswith(".weight")} & set(file.keys())
     layers = cersa.inject_cersa(exact, CersaConfig(alpha=ALPHA), show_progress=False).layers

@@ -28,14 +28,14 @@ KINDS = {
 
 def flipped_decompose(weight: torch.Tensor) -> Decomposition:
     U, s, Vh = decompose(weight)
-    signs = torch.where(torch.arange(len(s)) % 3 == 0, -1.0, 1.0).double()
+    signs = torch.where(torch.arange(len(s)) % 3 == 0, -1.0, 1.0).to(s)
     return Decomposition(U * signs, s, signs[:, None] * Vh)
 
 
 def turned_decompose(weight: torch.Tensor) -> Decomposition:
     """All vectors turned against their neighbours: no diagonal stays one."""
     U, s, Vh = decompose(weight)
-    turn = torch.eye(len(s), dtype=torch.float64)
+    turn = torch.eye(len(s), dtype=torch.float64, device=s.device)
     for first in range(0, len(s) - 1, 2):
         angle = torch.tensor(0.3, dtype=torch.float64)
         turn[first : first + 2, first : first + 2] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])

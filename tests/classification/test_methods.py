@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BatchFeature,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -26,6 +27,8 @@ from cersa_diffusion.classification.result import load_head, save_classifier
 from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.classification.trainer import ClassifierTrainer
 from cersa_diffusion.inject import match_targets
+
+from ..conftest import DEVICE
 
 ARCHITECTURES = ("vit", "bert", "roberta", "deberta-v2", "deberta-v3")
 # With these rates four steps change the logits by a good part.
@@ -66,16 +69,15 @@ def examples(name: str, count: int = 32) -> Dataset:
 
 def arguments(folder, **changes) -> RunArguments:
     values = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "disable_tqdm": True} | changes
-    return RunArguments(output_dir=str(folder), use_cpu=True, **values)
+    return RunArguments(output_dir=str(folder), use_cpu=DEVICE.type == "cpu", **values)
 
 
 def logits(model, name: str) -> torch.Tensor:
     model.eval()
-    own = {
-        key: value.to(next(model.parameters()).dtype) if key == "pixel_values" else value for key, value in inputs(name).items()
-    }
+    model.to(DEVICE)
+    batch = BatchFeature(inputs(name)).to(DEVICE, next(model.parameters()).dtype)
     with torch.no_grad():
-        return model(**own).logits.float()
+        return model(**batch).logits.float()
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -170,7 +172,9 @@ def test_bf16_trains_float32_parameters_and_opens_to_the_same_logits(name, metho
 def test_the_stock_trainer_saves_a_stock_model(name, method, model_path, tmp_path):
     """`Trainer.save_model` of transformers itself: dense weights that `from_pretrained` reads to the same logits."""
     classifier = prepared(name, model_path, method=method, **OPTIONS[method])
-    own = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=2, disable_tqdm=True, save_strategy="no")
+    own = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=DEVICE.type == "cpu", max_steps=2, disable_tqdm=True, save_strategy="no"
+    )
     trainer = Trainer(classifier.model, own, train_dataset=examples(name))
     trainer.train()
     trainer.save_model(str(tmp_path / "stock"))
@@ -196,7 +200,12 @@ def test_losses_are_those_of_plain_peft_code(method, model_path, tmp_path):
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["query", "key", "value"], modules_to_save=wrapped, **own)
     model = get_peft_model(model, config)
     settings = TrainingArguments(
-        str(tmp_path / "plain"), learning_rate=1e-2, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, **shared
+        str(tmp_path / "plain"),
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        use_cpu=DEVICE.type == "cpu",
+        disable_tqdm=True,
+        **shared,
     )
     plain = Trainer(model, settings, train_dataset=examples("bert"))
     plain.train()

@@ -17,30 +17,30 @@ from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
 from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 
-from ..conftest import train
+from ..conftest import DEVICE, randn, train
 
 
 @pytest.fixture(scope="module")
 def adapted(base_path):
     """The embedded base with a changed core in every layer, its base weights kept."""
-    pipeline = load_base(str(base_path))
+    pipeline = load_base(str(base_path)).to(DEVICE)
     torch.manual_seed(0)
     for name, targets in TARGET_MODULES.items():
         model = getattr(pipeline, name)
         cersa.inject_cersa(model, CersaConfig(alpha=0.95, beta=0.6, target_modules=targets), keep_base=True, show_progress=False)
         for layer in cersa_layers(model).values():
-            decay = torch.logspace(0, -2, layer.cores["default"].rank)
-            layer.cores["default"].D.data = torch.randn(len(decay), len(decay)) * decay * layer.s[0] * 0.02
+            decay = torch.logspace(0, -2, layer.cores["default"].rank, device=DEVICE)
+            layer.cores["default"].D.data = randn(len(decay), len(decay)) * decay * layer.s[0] * 0.02
     return pipeline
 
 
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, tuple[tuple, dict]]:
     torch.manual_seed(1)
-    states, latents = torch.randn(2, 24, 256), torch.randn(2, 4, 16, 16)
+    states, latents = randn(2, 24, 256), randn(2, 4, 16, 16)
     return {
-        "unet": ((latents, torch.tensor([10, 500])), {"encoder_hidden_states": states}),
-        "text_encoder": ((torch.randint(0, 3000, (2, 24)),), {}),
+        "unet": ((latents, torch.tensor([10, 500], device=DEVICE)), {"encoder_hidden_states": states}),
+        "text_encoder": ((torch.randint(0, 3000, (2, 24)).to(DEVICE),), {}),
     }
 
 
@@ -57,7 +57,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_the_stock_loader_takes_every_layer(adapted, base_path, inputs, format, tmp_path):
     path = tmp_path / "lora.safetensors"
     report = cersa.export_lora(adapted, path, rank=64, format=format, dtype=torch.float32, inputs=inputs)
-    stock = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32, safety_checker=None)
+    stock = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32, safety_checker=None).to(DEVICE)
     stock.load_lora_weights(path)
     for name in TARGET_MODULES:
         model = getattr(stock, name)
@@ -122,7 +122,7 @@ def test_a_file_and_its_base(trained, tmp_path):
     base, model = trained
     cersa.save_adapter(model, tmp_path / "adapter.safetensors", dtype=torch.float32)
     before = copy.deepcopy(base.state_dict())
-    inputs = {"model": ((torch.randn(8, 48),), {})}
+    inputs = {"model": ((randn(8, 48),), {})}
     report = cersa.export_lora(
         tmp_path / "adapter.safetensors", tmp_path / "lora.safetensors", base=base, inputs=inputs, dtype=torch.float32
     )
