@@ -196,13 +196,17 @@ def replacement(
     return layer
 
 
-def new_core(config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> Core:
+def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> Core:
     """The untrained core of a layer.
 
     Args:
+        name: of the layer, for the error.
         config: the settings.
         ranks: k and r.
         factors: the layer's decomposition, at least the leading k triplets.
+
+    Raises:
+        ConfigError: the pattern needs all components, and the layer keeps fewer (its weight has a lower rank).
     """
     kept, rank = ranks
     if config.core == "sparse":
@@ -210,6 +214,12 @@ def new_core(config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> 
         if config.sparse_pattern == "random":
             places = random_places(kept, places.shape[1])
         elif config.sparse_pattern == "top_k":
+            full = min(factors.U.shape[0], factors.Vh.shape[1])
+            if kept < full:
+                raise ConfigError(
+                    f"layer {name} keeps {kept} components, sparse_pattern='top_k' needs all {full}: add it to exclude_modules "
+                    "or set sparse_pattern='banded' or 'random'"
+                )
             places = top_places(factors.U[:, :kept], factors.Vh[:kept], places.shape[1])
         return SparseCore(kept, places)
     offset = kept - rank if config.block == "bottom" else 0
@@ -296,7 +306,7 @@ def inject_cersa(
             keep_residual = config.residual == "keep"
             options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
             layer = replacement(linear, factors, own.kept, **options)
-            layer.add_core(adapter_name, new_core(config, own, factors))
+            layer.add_core(adapter_name, new_core(name, config, own, factors))
             replacements[name] = layer
             rows.append(_report(name, layer, adapter_name, factors.s))
     if not replacements:
