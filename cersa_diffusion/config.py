@@ -28,11 +28,12 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_bytes(size: str | int | float) -> int:
+def parse_bytes(size: str | int | float, setting: str = "memory_budget") -> int:
     """A memory size as a whole number of bytes.
 
     Args:
         size: "900MB" (powers of 1000), "1.5GiB" (powers of 1024), or a number of bytes.
+        setting: what has this value, for the error.
 
     Raises:
         ConfigError: something else, or less than one byte.
@@ -40,7 +41,9 @@ def parse_bytes(size: str | int | float) -> int:
     parts = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)\s*([a-z]*)", str(size).strip().lower())
     number = float(parts[1]) * _UNITS.get(parts[2], math.nan) if parts else math.nan
     if not 1 <= number < math.inf:
-        raise ConfigError(f"{size!r} is no memory size: expected e.g. '900MB', '1.5GiB' or a number of bytes, at least 1")
+        raise ConfigError(
+            f"{setting} is {size!r}, which is no memory size: expected e.g. '900MB', '1.5GiB' or a number of bytes, at least 1"
+        )
     return int(number)
 
 

@@ -72,7 +72,7 @@ def test_memory_sizes(size, expected):
     "size", ["", "MB", "-1MB", "0", 0, -5, "900 XB", "1.2.3GB", float("nan"), float("inf"), "1e999", True, "0.1B"]
 )
 def test_what_is_no_memory_size_is_refused(size):
-    with raises(ConfigError, repr(size), "900MB"):
+    with raises(ConfigError, "memory_budget", repr(size), "900MB"):
         CersaConfig(memory_budget=size)
 
 

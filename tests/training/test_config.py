@@ -18,7 +18,7 @@ REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictu
     [
         ({"alpha": 1.5}, "alpha"),
         ({"beta": 0.99}, "beta"),
-        ({"memory_budget": "many"}, "many"),
+        ({"memory_budget": "many"}, "memory_budget many"),
         ({"memory_budget": "1GB", "method": "lora"}, "memory_budget lora"),
         ({"block": "bottom"}, "block beta alpha"),
         ({"core": "array"}, "core array"),
