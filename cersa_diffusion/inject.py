@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -285,14 +285,34 @@ def inject_cersa(
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
     ranks = _ranks_given(model, targets, config, ranks, show_progress)
+    prepared = list(_prepared(model, targets, config, adapter_name, ranks, keep_base, show_progress))
+    layers = {row.name: layer for layer, row in prepared}
+    skipped = [name for name in targets if name not in layers]
+    if not layers:
+        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
+        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    return InjectionReport([row for _, row in prepared], skipped, time.perf_counter() - start)
+
+
+def _prepared(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: CersaConfig,
+    adapter_name: str,
+    ranks: Mapping[str, LayerRanks | None] | None,
+    keep_base: bool,
+    show_progress: bool,
+) -> Iterator[tuple[CersaLinear, LayerReport]]:
+    """The layers with untrained cores for the places of the targets, in model order; none for a target that stays dense."""
     by_name = {name: config.layer_ranks if ranks is None else (lambda _, own=ranks[name]: own) for name in targets}
-    skipped = [] if ranks is None else [name for name in targets if ranks[name] is None]
-    replacements, rows = {}, []
     checkpoint = Checkpoint.of(model)
     stored = {
         name: checkpoint.find(name, linear.weight, finer_only=not keep_base)
         for name, linear in targets.items()
-        if name not in skipped
+        if ranks is None or ranks[name] is not None
     }
     jobs = [
         LayerJob.of(name, targets[name], lambda s, choose=by_name[name]: choose(s).kept, place) for name, place in stored.items()
@@ -301,21 +321,12 @@ def inject_cersa(
         for name, factors in decomposed:
             linear, own = targets[name], by_name[name](factors.s)
             if ranks is None and config.unprofitable == "skip" and not is_profitable(*linear.weight.shape, own, config):
-                skipped.append(name)
                 continue
             keep_residual = config.residual == "keep"
             options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
             layer = replacement(linear, factors, own.kept, **options)
             layer.add_core(adapter_name, new_core(name, config, own, factors))
-            replacements[name] = layer
-            rows.append(_report(name, layer, adapter_name, factors.s))
-    if not replacements:
-        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
-        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
-    model.requires_grad_(False)
-    for name, layer in replacements.items():
-        replace_module(model, name, layer)
-    return InjectionReport(rows, skipped, time.perf_counter() - start)
+            yield layer, _report(name, layer, adapter_name, factors.s)
 
 
 def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: torch.Tensor) -> LayerReport:
