@@ -25,6 +25,7 @@ from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complet
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.files import atomic_write
 from cersa_diffusion.processes import share_bases
+from cersa_diffusion.public_names import public_name, public_sources
 from cersa_diffusion.versions import check_versions
 
 METRICS_FILE = "metrics.json"
@@ -279,8 +280,10 @@ def _finish(trainer: ClassifierTrainer, figures: dict, output_dir: Path) -> Trai
     facts = {name: figures[name] for name in ("data", "metric", "score", "steps", "seed", "preset")}
     folder = output_dir / RESULT_FOLDER
     settings = {f.name: getattr(classifier.settings, f.name) for f in fields(ClassifierSettings)}
+    # An adapter that is passed on does not tell where models and examples lie here.
+    facts |= {"data": public_name(figures["data"]), "settings": settings | public_sources(settings), "versions": versions}
     try:
-        path = save_classifier(classifier, folder, facts | {"settings": settings, "versions": versions})
+        path = save_classifier(classifier, folder, facts)
     except (OSError, SafetensorError) as error:  # safetensors has no OSError for a full disk
         raise CersaError(
             f"{folder}: all steps are done, but the result cannot be written ({error}): make room, then "

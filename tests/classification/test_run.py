@@ -42,6 +42,7 @@ def test_report_counts_what_is_there(model_path, text_files, tmp_path):
         "train": 32,
         "validation": 16,
     }
+    assert str(tmp_path.parent).encode() not in (Path(report.result) / "pytorch_cersa_weights.safetensors").read_bytes()
     model, tokenizer = load_classifier(report.result)
     cores = sum(core.D.numel() for layer in model.modules() for core in getattr(layer, "cores", {}).values())
     head = sum(p.numel() for p in model.classifier.parameters()) + sum(p.numel() for p in model.bert.pooler.parameters())
