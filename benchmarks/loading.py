@@ -5,7 +5,6 @@ The LoRA is the same adapter, exported at rank 32: the same layers of the same p
 loaded anew outside the measured time.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -16,26 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from adapters import LORA_RANK, injected, make_parser
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 
 import cersa_diffusion as cersa
-from cersa_diffusion.inject import cersa_layers
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
-
-LORA_RANK = 32
+from cersa_diffusion.training.base import load_base
 
 
 def make_files(base: str, folder: Path, alpha: float) -> dict[str, Path]:
     """An adapter with a change in every layer, the same with its bases, and as a LoRA."""
-    torch.manual_seed(0)
-    pipeline = load_base(base)
-    for name, targets in TARGET_MODULES.items():
-        config = cersa.CersaConfig(alpha=alpha, target_modules=targets)
-        cersa.inject_cersa(getattr(pipeline, name), config, show_progress=False)
-        for layer in cersa_layers(getattr(pipeline, name)).values():
-            layer.cores["default"].D.data.normal_(std=0.01)
-    parts = {name: getattr(pipeline, name) for name in TARGET_MODULES}
+    parts = injected(base, alpha)
     files = {name: folder / f"{name}.safetensors" for name in ("cersa", "cersa with bases", "lora")}
     cersa.save_adapter(parts, files["cersa"])
     cersa.save_adapter(parts, files["cersa with bases"], save_bases=True)
@@ -57,10 +47,7 @@ def measure(base: str, load: Callable[[StableDiffusionPipeline], None], repeats:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "assets" / "emoji-base"))
-    parser.add_argument("--alpha", type=float, default=0.95)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = make_parser(__doc__)
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args()
     logging.disable_progress_bar()

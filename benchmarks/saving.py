@@ -5,7 +5,6 @@ Medians over several saves, flushed to the disk. A model that was injected has i
 pivots" is a model whose bases came from a state dict.
 """
 
-import argparse
 import os
 import platform
 import statistics
@@ -15,28 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from adapters import LORA_RANK, injected, make_parser
 from diffusers.utils import logging
-from torch import nn
 
 import cersa_diffusion as cersa
 from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.lora_files import save_lora
 from cersa_diffusion.methods import LoraAdaptation
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
-
-LORA_RANK = 32
-
-
-def injected(base: str, alpha: float) -> dict[str, nn.Module]:
-    """The UNet and the text encoder of a base with a change in every target layer."""
-    torch.manual_seed(0)
-    pipeline = load_base(base)
-    for name, targets in TARGET_MODULES.items():
-        model = getattr(pipeline, name)
-        cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=targets), show_progress=False)
-        for layer in cersa_layers(model).values():
-            layer.cores["default"].D.data.normal_(std=0.01)
-    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
 
 
 def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) -> list[float]:
@@ -51,11 +36,7 @@ def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "assets" / "emoji-base"))
-    parser.add_argument("--alpha", type=float, default=0.95)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:

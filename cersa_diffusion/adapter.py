@@ -55,7 +55,7 @@ def save_adapter(
         save_bases: also store the kept singular vectors and values (float32, or float16 with a 16-bit dtype): a much larger file,
             which needs no decomposition and is as it was trained on any variant of the base.
         config: method settings for the header, by component.
-        base_model: what the model was loaded from, for the header.
+        base_model: what the model was loaded from ("name_or_path", "revision"), for the header; of a folder its name is written.
         training: facts of the training run, for the header.
 
     Returns:

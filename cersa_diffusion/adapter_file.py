@@ -22,6 +22,7 @@ from cersa_diffusion.errors import AdapterFormatError, ConfigError, NonFiniteErr
 from cersa_diffusion.files import atomic_write
 from cersa_diffusion.fingerprint import ENTRIES
 from cersa_diffusion.functional import Decomposition, float64
+from cersa_diffusion.public_names import public_sources
 
 DEFAULT_FILE_NAME = "pytorch_cersa_weights.safetensors"
 HEADER_ENTRY = "cersa"
@@ -151,7 +152,8 @@ def _header_text(adapter: AdapterFile) -> str:
         "format_version": FORMAT_VERSION,
         "layers": {name: layer.facts() for name, layer in adapter.layers.items()},
         "config": adapter.config,
-        "base_model": adapter.base_model,
+        # A file that is passed on does not tell where its base lies here.
+        "base_model": adapter.base_model | public_sources(adapter.base_model),
         "training": adapter.training,
     }
     try:

@@ -28,11 +28,12 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_bytes(size: str | int | float) -> int:
+def parse_bytes(size: str | int | float, setting: str = "memory_budget") -> int:
     """A memory size as a whole number of bytes.
 
     Args:
         size: "900MB" (powers of 1000), "1.5GiB" (powers of 1024), or a number of bytes.
+        setting: what has this value, for the error.
 
     Raises:
         ConfigError: something else, or less than one byte.
@@ -40,7 +41,9 @@ def parse_bytes(size: str | int | float) -> int:
     parts = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)\s*([a-z]*)", str(size).strip().lower())
     number = float(parts[1]) * _UNITS.get(parts[2], math.nan) if parts else math.nan
     if not 1 <= number < math.inf:
-        raise ConfigError(f"{size!r} is no memory size: expected e.g. '900MB', '1.5GiB' or a number of bytes, at least 1")
+        raise ConfigError(
+            f"{setting} is {size!r}, which is no memory size: expected e.g. '900MB', '1.5GiB' or a number of bytes, at least 1"
+        )
     return int(number)
 
 
@@ -80,7 +83,9 @@ class CersaConfig:
     exclude_modules: str | list[str] | None = _option(
         None, "Layers to leave alone: a regular expression for whole module names, or a list of name endings."
     )
-    sparse_pattern: Literal["banded", "random", "top_k"] = _option("banded", "core='sparse': which entries are trained.")
+    sparse_pattern: Literal["banded", "random", "top_k"] = _option(
+        "banded", "core='sparse': which entries are trained; 'top_k' takes alpha 1."
+    )
     off_diagonals: int = _option(
         0, "core='sparse': off-diagonals on either side; the other patterns train as many entries as the banded one would."
     )
@@ -102,6 +107,8 @@ class CersaConfig:
             raise ConfigError("block='bottom' trains the last of the kept components: set beta below alpha, and no rank")
         if self.core == "sparse" and self.beta not in (None, most):
             raise ConfigError("core='sparse' trains entries between all kept components: leave beta out")
+        if self.core == "sparse" and self.sparse_pattern == "top_k":
+            self._check_top_k()
         if self.core != "sparse" and (self.off_diagonals or self.sparse_pattern != "banded"):
             warnings.warn("sparse_pattern and off_diagonals are ignored without core='sparse'", stacklevel=3)
         if self.rank is not None and self.beta is not None:
@@ -112,6 +119,18 @@ class CersaConfig:
             )
         if self.memory_budget is not None:
             self._check_budget()
+
+    def _check_top_k(self):
+        # SVFT reads the alignment of two vectors out of whole, square bases; of cut ones it says nothing.
+        cuts = {name: getattr(self, name) for name in ("rank", "memory_budget") if getattr(self, name) is not None}
+        if self.alpha < 1:
+            cuts["alpha"] = self.alpha
+        if cuts:
+            found = ", ".join(f"{name} = {value}" for name, value in cuts.items())
+            raise ConfigError(
+                f"sparse_pattern='top_k' needs all components of every layer, expected alpha = 1 alone, found {found}: set "
+                "alpha=1 without rank and memory_budget, or sparse_pattern='banded' or 'random'"
+            )
 
     def _check_budget(self):
         parse_bytes(self.memory_budget)

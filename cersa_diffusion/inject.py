@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -196,13 +196,17 @@ def replacement(
     return layer
 
 
-def new_core(config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> Core:
+def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> Core:
     """The untrained core of a layer.
 
     Args:
+        name: of the layer, for the error.
         config: the settings.
         ranks: k and r.
         factors: the layer's decomposition, at least the leading k triplets.
+
+    Raises:
+        ConfigError: the pattern needs all components, and the layer keeps fewer (its weight has a lower rank).
     """
     kept, rank = ranks
     if config.core == "sparse":
@@ -210,6 +214,12 @@ def new_core(config: CersaConfig, ranks: LayerRanks, factors: Decomposition) -> 
         if config.sparse_pattern == "random":
             places = random_places(kept, places.shape[1])
         elif config.sparse_pattern == "top_k":
+            full = min(factors.U.shape[0], factors.Vh.shape[1])
+            if kept < full:
+                raise ConfigError(
+                    f"layer {name} keeps {kept} components, sparse_pattern='top_k' needs all {full}: add it to exclude_modules "
+                    "or set sparse_pattern='banded' or 'random'"
+                )
             places = top_places(factors.U[:, :kept], factors.Vh[:kept], places.shape[1])
         return SparseCore(kept, places)
     offset = kept - rank if config.block == "bottom" else 0
@@ -275,14 +285,34 @@ def inject_cersa(
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
     ranks = _ranks_given(model, targets, config, ranks, show_progress)
+    prepared = list(_prepared(model, targets, config, adapter_name, ranks, keep_base, show_progress))
+    layers = {row.name: layer for layer, row in prepared}
+    skipped = [name for name in targets if name not in layers]
+    if not layers:
+        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
+        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    return InjectionReport([row for _, row in prepared], skipped, time.perf_counter() - start)
+
+
+def _prepared(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    config: CersaConfig,
+    adapter_name: str,
+    ranks: Mapping[str, LayerRanks | None] | None,
+    keep_base: bool,
+    show_progress: bool,
+) -> Iterator[tuple[CersaLinear, LayerReport]]:
+    """The layers with untrained cores for the places of the targets, in model order; none for a target that stays dense."""
     by_name = {name: config.layer_ranks if ranks is None else (lambda _, own=ranks[name]: own) for name in targets}
-    skipped = [] if ranks is None else [name for name in targets if ranks[name] is None]
-    replacements, rows = {}, []
     checkpoint = Checkpoint.of(model)
     stored = {
         name: checkpoint.find(name, linear.weight, finer_only=not keep_base)
         for name, linear in targets.items()
-        if name not in skipped
+        if ranks is None or ranks[name] is not None
     }
     jobs = [
         LayerJob.of(name, targets[name], lambda s, choose=by_name[name]: choose(s).kept, place) for name, place in stored.items()
@@ -291,21 +321,12 @@ def inject_cersa(
         for name, factors in decomposed:
             linear, own = targets[name], by_name[name](factors.s)
             if ranks is None and config.unprofitable == "skip" and not is_profitable(*linear.weight.shape, own, config):
-                skipped.append(name)
                 continue
             keep_residual = config.residual == "keep"
             options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
             layer = replacement(linear, factors, own.kept, **options)
-            layer.add_core(adapter_name, new_core(config, own, factors))
-            replacements[name] = layer
-            rows.append(_report(name, layer, adapter_name, factors.s))
-    if not replacements:
-        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
-        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
-    model.requires_grad_(False)
-    for name, layer in replacements.items():
-        replace_module(model, name, layer)
-    return InjectionReport(rows, skipped, time.perf_counter() - start)
+            layer.add_core(adapter_name, new_core(name, config, own, factors))
+            yield layer, _report(name, layer, adapter_name, factors.s)
 
 
 def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: torch.Tensor) -> LayerReport:

@@ -59,7 +59,7 @@ class MethodSettings:
     rank: int = _option(32, "LoRA, PiSSA, DoRA: rank (and lora_alpha, so that the scale is 1).")
     svfit_rank: int = _option(768, "SVFit: singular values that are trained; all of a layer that has fewer.")
     sparse_pattern: Literal["banded", "random", "top_k"] = _option(
-        "banded", "SVFT (and core='sparse'): which entries are trained."
+        "banded", "SVFT (and core='sparse'): which entries are trained; 'top_k' takes alpha 1."
     )
     off_diagonals: int = _option(
         2,

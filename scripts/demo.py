@@ -25,6 +25,7 @@ from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_dis
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 from cersa_diffusion.training.methods import load_result
 from cersa_diffusion.training.pictures import load_picture
+from cersa_diffusion.training.result import RESULT_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
@@ -91,6 +92,19 @@ def train(method: str, subject: dict, output: Path, steps: int) -> None:
         "--output_dir", str(output / method),
     ]  # fmt: skip
     subprocess.run(command, check=True)
+
+
+def read_results(output: Path) -> dict[str, dict]:
+    """What the trained runs of a demo took: label -> result.
+
+    Raises:
+        ConfigError: a method was not trained, or not to its end.
+    """
+    paths = {title: output / method / RESULT_FILE for method, title in TITLES.items()}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise ConfigError(f"--redraw needs trained runs, and there is no {', '.join(missing)}: leave --redraw out to train them")
+    return {title: json.loads(path.read_text()) for title, path in paths.items()}
 
 
 def truncated_base() -> StableDiffusionPipeline:
@@ -210,14 +224,14 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     output = arguments.output
     subject = json.loads((SUBJECTS / arguments.subject / "subject.json").read_text())
-    if not arguments.redraw:
-        try:
+    try:
+        if not arguments.redraw:
             clear_output(output)
-        except ConfigError as error:
-            sys.exit(f"error: {error}")
-        for method in TITLES:
-            train(method, subject, output, arguments.steps)
-    results = {title: json.loads((output / method / "result.json").read_text()) for method, title in TITLES.items()}
+            for method in TITLES:
+                train(method, subject, output, arguments.steps)
+        results = read_results(output)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     scores, rows = compare(subject, results)
     picture_grid(rows, [title for title, _ in columns(subject)]).save(output / "side_by_side.png")
     text = table(scores, results)

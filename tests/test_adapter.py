@@ -124,6 +124,21 @@ def test_header_carries_settings_and_facts(trained, tmp_path):
     assert header["config"] == {"model": {"alpha": 0.9}}
 
 
+def test_of_a_base_in_a_folder_the_file_has_the_name_alone(trained, tmp_path, monkeypatch):
+    path, folder = tmp_path / "a.safetensors", tmp_path / "models" / "cats"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    written = {}
+    for name in (str(folder), "models/cats", "./models/cats", "/no/longer/there/cats", "someone/cats", None):
+        base = {"name_or_path": name, "revision": "v1"}
+        cersa.save_adapter(trained[1], path, base_model=base)
+        assert str(tmp_path).encode() not in path.read_bytes()
+        written[name] = read_header(path)["base_model"]
+        assert written[name].pop("revision") == "v1" and base["name_or_path"] == name
+    assert written.pop("someone/cats") == {"name_or_path": "someone/cats"} and written.pop(None) == {"name_or_path": None}
+    assert {base["name_or_path"] for base in written.values()} == {"cats"}
+
+
 def test_file_follows_the_umask_and_saving_twice_gives_the_same_bytes(trained, tmp_path):
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     umask = os.umask(0o022)

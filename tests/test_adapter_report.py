@@ -1,7 +1,6 @@
 """`cersa info`, `diff`, `export-lora` and `merge` on real files."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -111,7 +110,7 @@ def test_export_lora_as_a_command(text_adapter, base_path, tmp_path, capsys):
 
 
 def test_merge_as_a_command(text_adapter, base_path, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=re.escape(str(base_path))):
+    with pytest.raises(SystemExit, match=base_path.name):
         main(["merge", str(text_adapter[0]), str(tmp_path / "merged")])
     main(["merge", str(text_adapter[0]), str(tmp_path / "merged"), "--base", str(base_path)])
     assert "8 layers merged" in capsys.readouterr().out

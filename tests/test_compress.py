@@ -164,7 +164,7 @@ def test_training_on_a_compressed_model(tmp_path):
 def test_an_architecture_whose_files_have_other_names_than_its_modules(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit").to(DEVICE)
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
     model = ViTForImageClassification.from_pretrained(tmp_path / "vit").to(DEVICE)
     cersa.inject_cersa(model, CersaConfig(alpha=0.8), show_progress=False)
     cersa.compress(tmp_path / "vit", tmp_path / "small", alpha=0.8, show_progress=False)

@@ -39,6 +39,8 @@ def test_dictionary_round_trip_and_unknown_settings():
         ({"off_diagonals": -1}, "off_diagonals"),
         ({"block": "bottom"}, "block beta alpha"),
         ({"core": "sparse", "beta": 0.5}, "core beta"),
+        ({"core": "sparse", "sparse_pattern": "top_k"}, "sparse_pattern top_k alpha 0.95 banded random"),
+        ({"core": "sparse", "sparse_pattern": "top_k", "alpha": 1.0, "rank": 9}, "sparse_pattern top_k rank 9"),
         ({"residual": "keep", "unprofitable": "skip"}, "residual unprofitable"),
         ({"memory_budget": 1000, "rank": 4}, "rank 4 memory_budget 1000"),
         ({"memory_budget": 1000, "residual": "keep"}, "memory_budget residual"),
@@ -70,7 +72,7 @@ def test_memory_sizes(size, expected):
     "size", ["", "MB", "-1MB", "0", 0, -5, "900 XB", "1.2.3GB", float("nan"), float("inf"), "1e999", True, "0.1B"]
 )
 def test_what_is_no_memory_size_is_refused(size):
-    with raises(ConfigError, repr(size), "900MB"):
+    with raises(ConfigError, "memory_budget", repr(size), "900MB"):
         CersaConfig(memory_budget=size)
 
 

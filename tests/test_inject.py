@@ -158,6 +158,13 @@ def test_svfit_and_svft_count_their_parameters_as_in_the_papers(network):
     assert [row.core_parameters for row in banded.layers] == [p * 5 - 6 + 1 for p in (40, 40, 24)]
 
 
+def test_top_k_of_a_layer_that_keeps_fewer_components_names_the_layer(network):
+    network[2].weight.data[:, 1:] = 0
+    with raises(ConfigError, "2", "sparse_pattern", "top_k", "1", "40", "exclude_modules", "banded", "random"):
+        cersa.inject_cersa(network, svft_config("top_k"), show_progress=False)
+    assert not any(isinstance(module, CersaLinear) for module in network.modules())
+
+
 def test_unprofitable_layers_can_be_left_dense(network):
     network[4].weight.data.copy_(torch.linalg.qr(randn(64, 24)).Q.T)  # flat spectrum: every component counts
     report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, unprofitable="skip"), show_progress=False)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cersa_diffusion.classification.data import Splits
@@ -24,6 +25,7 @@ from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complet
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.files import atomic_write
 from cersa_diffusion.processes import share_bases
+from cersa_diffusion.public_names import public_name, public_sources
 from cersa_diffusion.versions import check_versions
 
 METRICS_FILE = "metrics.json"
@@ -256,10 +258,19 @@ def _checkpoint(
         raise CersaError(f"{checkpoint} is no checkpoint of a classification run, or was not written to its end: name another")
     if (output_dir / SETTINGS_FILE).is_file():
         started, now = json.loads((output_dir / SETTINGS_FILE).read_text()), _deciding(settings, data, arguments)
-        changed = sorted(name for name in now if name in started and now[name] != started[name])
+        free = _free_settings(Path(checkpoint), arguments)
+        changed = sorted(name for name in now if name not in free and name in started and now[name] != started[name])
         if changed:
             raise ConfigError(f"resume_from_checkpoint: {output_dir} was started with other settings of {', '.join(changed)}")
     return checkpoint
+
+
+def _free_settings(checkpoint: Path, arguments: RunArguments) -> tuple[str, ...]:
+    """What may be another when a run goes on: a run that has diverged is to go on with a lower rate."""
+    progress = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    done = progress["global_step"] >= progress["max_steps"]
+    # That schedule lowers the rate by itself, and what it began with is not in the checkpoint.
+    return () if done or arguments.lr_scheduler_type == "reduce_lr_on_plateau" else ("learning_rate",)
 
 
 def _finish(trainer: ClassifierTrainer, figures: dict, output_dir: Path) -> TrainReport:
@@ -269,8 +280,10 @@ def _finish(trainer: ClassifierTrainer, figures: dict, output_dir: Path) -> Trai
     facts = {name: figures[name] for name in ("data", "metric", "score", "steps", "seed", "preset")}
     folder = output_dir / RESULT_FOLDER
     settings = {f.name: getattr(classifier.settings, f.name) for f in fields(ClassifierSettings)}
+    # An adapter that is passed on does not tell where models and examples lie here.
+    facts |= {"data": public_name(figures["data"]), "settings": settings | public_sources(settings), "versions": versions}
     try:
-        path = save_classifier(classifier, folder, facts | {"settings": settings, "versions": versions})
+        path = save_classifier(classifier, folder, facts)
     except (OSError, SafetensorError) as error:  # safetensors has no OSError for a full disk
         raise CersaError(
             f"{folder}: all steps are done, but the result cannot be written ({error}): make room, then "

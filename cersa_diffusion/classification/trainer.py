@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -19,6 +20,7 @@ from cersa_diffusion.errors import NonFiniteError
 from cersa_diffusion.files import atomic_write
 from cersa_diffusion.training.checkpoints import WEIGHTS_FILE, basis_digest, check_finite, load_weights, trained_weights
 from cersa_diffusion.training.portable_weights import save_portable
+from cersa_diffusion.training.rates import keep_rates
 
 PROGRESS_FILE = "progress.json"
 
@@ -33,7 +35,9 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: "ClassifierTrainer"):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, optimizer=None, **_):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
+        if isinstance(lr_scheduler, LambdaLR):
+            keep_rates(lr_scheduler, self.trainer.rates, state.global_step)
         # The moments were loaded after the weights, and belong to the singular vectors of another machine.
         if self.trainer.moved:
             optimizer.state.clear()
@@ -70,7 +74,7 @@ class ClassifierTrainer(Trainer):
 
     def __init__(self, classifier: Classifier, **arguments):
         super().__init__(model=classifier.model, processing_class=classifier.processor, **arguments)
-        self.classifier, self.moved = classifier, False
+        self.classifier, self.moved, self.rates = classifier, False, []
         self.add_callback(_Watch(self))
         self._start, self._earlier_seconds = time.perf_counter(), 0.0
 
@@ -115,7 +119,9 @@ class ClassifierTrainer(Trainer):
                 for of_head in (False, True)
                 for decays in (True, False)
             ]
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+            groups = [group for group in groups if group["params"]]
+            self.rates = [group["lr"] for group in groups]
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -78,7 +78,7 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     encoders = config.family.text_encoders if config.train_text_encoder else ()
     components = {name: getattr(base, name) for name in ("unet", *encoders)}
     lora_bytes = _lora_bytes(components, config)
-    rank = matched.lora_rank or _highest_rank(lora_bytes, parse_bytes(matched.budget))
+    rank = matched.lora_rank or _highest_rank(lora_bytes, parse_bytes(matched.budget, "matched_memory.budget"))
     budget = str(lora_bytes(rank))
     method = CersaMethod(replace(config, memory_budget=budget))
     # Found here rather than in the middle of the comparison; the decompositions stay in the cache.

@@ -157,14 +157,18 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
             )
         return None
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    finished = _finished_result(config, output_dir, total_steps)
+    done = finished is not None or (checkpoint is not None and checkpoint_step(checkpoint) == total_steps)
     settings = (checkpoint.parent if checkpoint else output_dir) / SETTINGS_FILE
     if settings.is_file():
         changed = config.same_run(read_settings(settings, type(config)))
+        if not done:
+            # The steps that are left take the new one: a run that has diverged is to go on with a lower rate.
+            changed = [name for name in changed if name != "learning_rate"]
         if changed:
             raise ConfigError(
                 f"resume_from_checkpoint: {settings.parent} was started with other settings of {', '.join(changed)}"
             )
-    finished = _finished_result(config, output_dir, total_steps)
     if finished is not None:
         if missing_extras(config, output_dir):
             return None

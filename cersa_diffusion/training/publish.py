@@ -10,8 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.public_names import is_local
 from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.public_files import is_local, public_result, public_settings, public_weights
+from cersa_diffusion.training.public_files import public_result, public_settings, public_weights
 from cersa_diffusion.training.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.settings_file import SETTINGS_FILE, settings_text
 

@@ -36,6 +36,7 @@ from cersa_diffusion.training.loss import DreamBoothLoss
 from cersa_diffusion.training.memory_report import memory_table, peak_memory, planned_memory, tensor_bytes
 from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.optimizers import make_optimizer
+from cersa_diffusion.training.rates import keep_rates
 from cersa_diffusion.training.result import TrainResult, size_on_disk
 from cersa_diffusion.training.truncation import TruncationCost, probe_loss
 
@@ -174,7 +175,7 @@ class DreamBoothRun:
         self._prepare_for_accelerate()
         state = TrainingState(self.accelerator, self.components, self.optimizer, self.average)
         self.keeper = CheckpointKeeper(self.config, state, output_dir, self.callbacks)
-        step = first = load_checkpoint(state, checkpoint) if checkpoint else 0
+        step = first = self._resume(state, checkpoint) if checkpoint else 0
         if self.average is not None:
             # accelerate loads what is registered onto the CPU.
             self.average.to(self.accelerator.device)
@@ -193,6 +194,14 @@ class DreamBoothRun:
                 start = time.perf_counter()
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{self.keeper.keep_good(step, step > first)}") from error
+
+    def _resume(self, state: TrainingState, checkpoint: Path) -> int:
+        """Puts a checkpoint's state back, but for the learning rates; returns the number of steps it has done."""
+        schedule = self.scheduler.scheduler
+        rates = schedule.base_lrs
+        step = load_checkpoint(state, checkpoint)
+        keep_rates(schedule, rates, step)
+        return step
 
     def _after_step(self, output_dir: Path, step: int, stop: StopRequest | None) -> None:
         """Ends the run where that was asked for; writes checkpoints and previews where they are due."""

@@ -20,6 +20,8 @@ from cersa_diffusion.classification import (
 )
 from cersa_diffusion.training.checkpoints import WEIGHTS_FILE
 
+from ..conftest import assert_named, raises
+
 
 def run(model: Path, data, output: Path, **changes):
     """A run of eight steps; `changes` go to the settings that know them."""
@@ -40,6 +42,7 @@ def test_report_counts_what_is_there(model_path, text_files, tmp_path):
         "train": 32,
         "validation": 16,
     }
+    assert str(tmp_path.parent).encode() not in (Path(report.result) / "pytorch_cersa_weights.safetensors").read_bytes()
     model, tokenizer = load_classifier(report.result)
     cores = sum(core.D.numel() for layer in model.modules() for core in getattr(layer, "cores", {}).values())
     head = sum(p.numel() for p in model.classifier.parameters()) + sum(p.numel() for p in model.bert.pooler.parameters())
@@ -92,6 +95,29 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, model_path, picture_fo
     again = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
     assert last.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in last.items())
     assert whole.scores == resumed.scores and resumed.steps == 8
+
+
+def test_a_run_goes_on_with_a_lower_learning_rate(model_path, text_files, tmp_path):
+    """The new rate counts from the resumed step on, where the schedule is; the classifier's own rate stays."""
+    own = {"method": "cersa", "classifier_learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    output = tmp_path / "run"
+    run(model_path("bert"), text_data(text_files), output, learning_rate=1e-2, weight_decay=0.0, **own)
+    shutil.rmtree(output / "checkpoint-8")
+    resume = own | {"resume_from_checkpoint": "latest", "weight_decay": 0.0}
+    with raises(ConfigError, "seed"):
+        run(model_path("bert"), text_data(text_files), output, learning_rate=1e-15, seed=3, **resume)
+    with pytest.warns(UserWarning, match="learning_rate") as said:
+        run(model_path("bert"), text_data(text_files), output, learning_rate=1e-15, **resume)
+    assert_named(next(str(w.message) for w in said if "learning_rate" in str(w.message)), "0.01", "1e-15", "4")
+    log = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if entry["step"] > 4 and "learning_rate" in entry]
+    # The warm-up of the eight steps is one; from there it falls to nothing.
+    assert rates == pytest.approx([1e-15 * left / 7 for left in (4, 3, 2, 1)], rel=1e-6, abs=0.0)
+    before, after = (load_file(output / f"checkpoint-{step}" / WEIGHTS_FILE) for step in (4, 8))
+    assert {".cores." in name for name in before if (after[name] - before[name]).abs().max() > 1e-9} == {False}
+    # All steps are done: another rate would say what is not so.
+    with raises(ConfigError, "learning_rate"):
+        run(model_path("bert"), text_data(text_files), output, learning_rate=1e-4, **resume)
 
 
 def test_a_run_goes_on_on_another_machine(model_path, text_files, tmp_path, other_machine):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import stat
 
 import pytest
@@ -17,7 +16,7 @@ from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
 from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.training.base import TARGET_MODULES, load_base
 
-from ..conftest import DEVICE, randn, train
+from ..conftest import DEVICE, raises, randn, train
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_a_file_and_its_base(trained, tmp_path):
 def test_a_base_that_only_the_file_names_is_told_and_not_opened(trained, base_path, tmp_path):
     _, model = trained
     cersa.save_adapter(model, tmp_path / "adapter.safetensors", base_model={"name_or_path": str(base_path)})
-    with pytest.raises(ConfigError, match=re.escape(str(base_path))):
+    with raises(ConfigError, "--base", base_path.name):
         cersa.export_lora(tmp_path / "adapter.safetensors", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, assert_named
 
 SCRIPT = REPOSITORY / "scripts" / "demo.py"
 
@@ -37,6 +37,16 @@ def test_a_file_is_refused(demo, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         demo("--output", tmp_path / "notes")
     assert "--output" in str(stopped.value) and (tmp_path / "notes").read_text() == "mine"
+
+
+def test_nothing_to_draw_again_is_one_line(demo, tmp_path):
+    folder = tmp_path / "demo"
+    (folder / "cersa").mkdir(parents=True)
+    (folder / "cersa" / "result.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        demo("--output", folder, "--redraw")
+    assert_named(stopped.value.code, "--redraw", *(str(folder / method / "result.json") for method in ("lora", "full")))
+    assert "\n" not in stopped.value.code and str(folder / "cersa") not in stopped.value.code
 
 
 def test_an_earlier_demo_is_replaced(tmp_path):

@@ -18,10 +18,11 @@ REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictu
     [
         ({"alpha": 1.5}, "alpha"),
         ({"beta": 0.99}, "beta"),
-        ({"memory_budget": "many"}, "many"),
+        ({"memory_budget": "many"}, "memory_budget many"),
         ({"memory_budget": "1GB", "method": "lora"}, "memory_budget lora"),
         ({"block": "bottom"}, "block beta alpha"),
         ({"core": "array"}, "core array"),
+        ({"core": "sparse", "sparse_pattern": "top_k"}, "sparse_pattern top_k alpha 0.95"),
         ({"svfit_rank": 0, "method": "svfit"}, "svfit_rank 0"),
         ({"off_diagonals": -1, "method": "svft"}, "off_diagonals -1"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
@@ -78,7 +79,7 @@ def test_ignored_options_warn_once(settings, names):
     "settings",
     [
         {"alpha": 0.8, "beta": 0.5, "block": "bottom", "unprofitable": "skip"},
-        {"core": "sparse", "sparse_pattern": "top_k", "off_diagonals": 3},
+        {"core": "sparse", "sparse_pattern": "top_k", "off_diagonals": 3, "alpha": 1.0},
         {"method": "svft", "sparse_pattern": "random", "off_diagonals": 1},
         {"method": "pissa", "rank": 4},
         {"method": "svfit", "svfit_rank": 5},

@@ -16,8 +16,9 @@ from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.checkpoints import list_checkpoints
 from cersa_diffusion.training.pictures import picture_paths
 from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.settings_file import read_settings
 
-from ..conftest import raises
+from ..conftest import assert_named, raises
 
 # The right rate differs by method; ranks are LoRA's alone.
 OPTIONS = {"cersa": {"learning_rate": 1e-3}, "lora": {"learning_rate": 1e-3, "rank": 8}, "full": {"learning_rate": 3e-4}}
@@ -132,6 +133,36 @@ def weights_of(result) -> list[dict[str, torch.Tensor]]:
     return [load_file(file) for file in files]
 
 
+class Rates(TrainingCallback):
+    """The learning rate that is reported after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, progress):
+        self.seen.append(progress.learning_rate)
+
+
+def test_a_run_goes_on_with_a_lower_learning_rate(small_settings):
+    """The new rate counts from the resumed step on, where the schedule is; the rate of the text encoder stays."""
+    settings = small_settings | {"alpha": 0.8, "learning_rate": 1e-3, "text_encoder_lr": 1e-4, "lr_scheduler": "linear"}
+    train_dreambooth(DreamBoothConfig(**settings | {"checkpointing_steps": 2}))
+    output, rates = Path(settings["output_dir"]), Rates()
+    shutil.rmtree(output / "checkpoint-4")
+    (output / "result.json").unlink()
+    resumed = DreamBoothConfig(**settings | {"learning_rate": 1e-15}, resume_from_checkpoint="latest")
+    with pytest.warns(UserWarning, match="learning_rate") as said:
+        train_dreambooth(resumed, [rates])
+    assert_named(next(str(w.message) for w in said if "learning_rate" in str(w.message)), "0.001", "1e-15", "2")
+    assert rates.seen == pytest.approx([1e-15 / 4, 0.0], rel=1e-9, abs=0.0)
+    before, after = (load_file(output / f"checkpoint-{step}" / "trained_weights.safetensors") for step in (2, 4))
+    moved = {name.partition(".")[0] for name in before if (after[name] - before[name]).abs().max() > 1e-9}
+    assert moved == {"text_encoder"} and read_settings(output / "config.toml")["learning_rate"] == 1e-15
+    # All steps are done: another rate would say what is not so.
+    with raises(ConfigError, "learning_rate"):
+        train_dreambooth(DreamBoothConfig(**settings | {"learning_rate": 1e-4}, resume_from_checkpoint="latest"))
+
+
 def test_checkpoints_are_limited_and_a_finished_run_goes_on(settings):
     settings |= {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "rank": 4, "method": "lora"}
     train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 6}))
@@ -159,8 +190,8 @@ def test_a_checkpoint_of_another_folder_is_of_the_settings_there(settings, tmp_p
     train_dreambooth(DreamBoothConfig(**settings))
     elsewhere = {"output_dir": str(tmp_path / "new"), "max_train_steps": 3}
     from_there = {"resume_from_checkpoint": str(Path(settings["output_dir"]) / "checkpoint-2")}
-    with raises(ConfigError, "learning_rate", "seed"):
-        train_dreambooth(DreamBoothConfig(**settings | elsewhere | from_there | {"learning_rate": 1e-5, "seed": 3}))
+    with raises(ConfigError, "text_encoder_lr", "seed"):
+        train_dreambooth(DreamBoothConfig(**settings | elsewhere | from_there | {"text_encoder_lr": 1e-5, "seed": 3}))
     assert train_dreambooth(DreamBoothConfig(**settings | elsewhere | from_there)).steps == 3
 
 

@@ -1,0 +1,35 @@
+"""What the timings of saving and of loading an adapter share: the command line, and an adapter to save."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import cersa_diffusion as cersa
+from cersa_diffusion.inject import cersa_layers
+from cersa_diffusion.training.base import TARGET_MODULES, load_base
+
+# Of the LoRA beside it.
+LORA_RANK = 32
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the options that both have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "assets" / "emoji-base"))
+    parser.add_argument("--alpha", type=float, default=0.95)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser
+
+
+def injected(base: str, alpha: float) -> dict[str, nn.Module]:
+    """The UNet and the text encoder of a base with a change in every target layer."""
+    torch.manual_seed(0)
+    pipeline = load_base(base)
+    for name, targets in TARGET_MODULES.items():
+        model = getattr(pipeline, name)
+        cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=targets), show_progress=False)
+        for layer in cersa_layers(model).values():
+            layer.cores["default"].D.data.normal_(std=0.01)
+    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
