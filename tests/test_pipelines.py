@@ -372,7 +372,7 @@ def test_a_lora_goes_on_top_of_a_fused_adapter(adapter_file, lora_file):
     pipe.load_lora_weights(lora_file)
     assert differ(small.picture(pipe), fused)
     for change in (pipe.unfuse_cersa, pipe.unload_cersa_weights):
-        with raises(ConfigError, "attn1.to_q", "LoRA", "unload_lora_weights()"):
+        with raises(ConfigError, "fused", "attn1.to_q", "LoRA", "unload_lora_weights()"):
             change()
     pipe.unload_lora_weights()
     assert torch.equal(small.picture(pipe), fused)

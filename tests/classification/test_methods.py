@@ -281,7 +281,7 @@ def test_dropouts_reach_the_model(name, model_path):
     ("changes", "named"),
     [
         ({"target_modules": ["classifier"]}, ("target_modules", "['classifier']")),
-        ({"target_modules": ["nothing"]}, ("target_modules=['nothing']", "ViTForImageClassification", "'fc1'")),
+        ({"target_modules": ["nothing"]}, ("target_modules=['nothing']", "ViTForImageClassification", "'classifier'")),
         ({"method": "pissa", "rank": 25}, ("rank", "25", "24", "PiSSA")),
         ({"classifier_dropout": 0.1}, ("classifier_dropout", "'vit'")),
         ({"attention_dropout": 1.0}, ("attention_dropout", "1.0", "[0, 1)")),

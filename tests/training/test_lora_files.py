@@ -166,7 +166,7 @@ def rename(tensors: dict, old: str, new: str) -> None:
         (
             lambda tensors, _: rename(tensors, "text_encoder.", "text_encoder_2."),
             BaseMismatchError,
-            "text_encoder_2.encoder.layers.0.self_attn.k_proj.lora_A.weight",
+            "text_encoder_2 self_attn.k_proj.lora_A.weight",
         ),
         (lambda tensors, _: tensors.pop(f"{LAYER}.lora_B.weight"), BaseMismatchError, "unet attn1.to_q.lora_B"),
         (
