@@ -15,7 +15,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from hypothesis import settings
 from torch import nn
 
 import cersa_diffusion as cersa
@@ -29,13 +28,9 @@ if DEVICE.type == "cpu":
     # Trainers would take a GPU that is there; command lines inherit this.
     os.environ["ACCELERATE_USE_CPU"] = "true"
 
-# On a busy machine the time of an example says nothing about the code.
+# On a busy or slow machine the time of an example says nothing about the code.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
-
-# A slow machine is no failure.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
 
 
 def pytest_addoption(parser):
@@ -125,11 +120,13 @@ def script_error(script: str, *arguments: str | Path) -> str:
 
 
 @contextmanager
-def raises(error: type[BaseException], *named: str) -> Iterator[pytest.ExceptionInfo]:
+def raises(
+    error: type[BaseException] | tuple[type[BaseException], ...], *named: str
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     """As `pytest.raises`, for an error whose message names all of this.
 
     Args:
-        error: its class.
+        error: its class, or several of which it has one.
         named: settings, layers, files and values, as whole words; never the prose around them.
     """
     with pytest.raises(error) as caught:
@@ -137,10 +134,28 @@ def raises(error: type[BaseException], *named: str) -> Iterator[pytest.Exception
     assert_named(str(caught.value), *named)
 
 
+@contextmanager
+def warns(category: type[Warning], *named: str) -> Iterator[pytest.WarningsRecorder]:
+    """As `pytest.warns`, for a warning whose message names all of this.
+
+    Args:
+        category: its class.
+        named: settings, layers, files and values, as whole words; never the prose around them.
+    """
+    # One pattern that looks ahead for every name, so that pytest decides as ever which warnings are given on.
+    with pytest.warns(category, match="(?s)" + "".join(f"(?=.*{_whole_word(name)})" for name in named)) as caught:
+        yield caught
+
+
 def assert_named(message: str, *named: str) -> None:
     """A message names all of this, as whole words."""
-    missing = [name for name in named if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]
+    missing = [name for name in named if not re.search(_whole_word(name), message)]
     assert not missing, f"{message[:1000]} does not name {missing}"
+
+
+def _whole_word(name: str) -> str:
+    """The pattern of a name that does not go on to either side."""
+    return rf"(?<!\w){re.escape(name)}(?!\w)"
 
 
 def randn(*shape: int, **options) -> torch.Tensor:

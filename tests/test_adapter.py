@@ -19,7 +19,7 @@ from cersa_diffusion.functional import Decomposition, Pivots, decompose
 from cersa_diffusion.inject import cersa_layers
 
 from .adapter_files import damage
-from .conftest import randn, train
+from .conftest import raises, randn, train, warns
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_two_adapters_add_up_in_one_model(adapter):
     cersa.load_adapter(base, path, adapter_name="a", show_progress=False)
     cersa.load_adapter(base, path, adapter_name="b", strength=-0.25, show_progress=False)
     torch.testing.assert_close(base[0].weight_change(), 0.75 * model[0].weight_change(), rtol=0.02, atol=1e-4)
-    with pytest.raises(ConfigError, match="'b' is already loaded"):
+    with raises(ConfigError, "'b'", "adapter_name"):
         cersa.load_adapter(base, path, adapter_name="b", show_progress=False)
 
 
@@ -105,12 +105,14 @@ def test_another_base_is_named_and_not_touched(adapter):
     torch.manual_seed(7)
     other[2].weight.data.copy_(torch.randn_like(other[2].weight))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(BaseMismatchError, match=r"1 of 3 layers differ.*model\.2 \("):
+    with raises(BaseMismatchError, path.name, "1 of 3 layers", "model.2", "allow_base_mismatch"):
         cersa.load_adapter(other, path, show_progress=False)
-    with pytest.raises(BaseMismatchError, match=r"model\.4"):
+    with raises(BaseMismatchError, path.name, "1 of 3 layers", "model.4", "(8, 64)", "(24, 64)"):
         cersa.load_adapter(nn.Sequential(*base[:4], nn.Linear(64, 8)), path, show_progress=False)
-    with pytest.raises(BaseMismatchError, match="no such layer"):
+    with raises(BaseMismatchError, path.name, "1 of 3 layers", "model.4") as missing:
         cersa.load_adapter(nn.Sequential(*base[:3]), path, show_progress=False)
+    # The layer itself is not there: this is about neither its shape nor its weights.
+    assert "shape" not in str(missing.value) and "allow_base_mismatch" not in str(missing.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
@@ -156,7 +158,7 @@ def test_diverged_adapter_is_not_written_over_a_good_one(adapter):
     _, model, path = adapter
     good = path.read_bytes()
     model[2].cores["default"].D.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"model\.2"):
+    with raises(NonFiniteError, "model.2"):
         cersa.save_adapter(model, path)
     assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
 
@@ -169,14 +171,14 @@ def read_header(path) -> dict:
 def test_tensors_and_header_that_do_not_fit_are_named_together(adapter):
     _, model, path = adapter
     damage(path, lambda header, tensors: (tensors.pop("model.2.rows"), tensors.update(extra=torch.zeros(1))))
-    with pytest.raises(AdapterFormatError, match=r"missing \['model\.2\.rows'\], unexpected \['extra'\]"):
+    with raises(AdapterFormatError, path.name, "['model.2.rows']", "['extra']"):
         cersa.load_adapter(model, path, adapter_name="again")
 
 
 def test_a_missing_file_and_an_adapter_that_is_not_there(network, tmp_path):
-    with pytest.raises(AdapterFormatError, match="no such file"):
+    with raises(AdapterFormatError, "nothing.safetensors", "pytorch_cersa_weights.safetensors"):
         cersa.load_adapter(network, tmp_path / "nothing.safetensors")
-    with pytest.raises(ConfigError, match="inject or load it first"):
+    with raises(ConfigError, "'default'", "inject"):
         cersa.save_adapter(network, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +229,7 @@ def test_pivots_are_chosen_once_and_with_the_decomposition(trained, tmp_path, mo
     monkeypatch.setattr("cersa_diffusion.linear.choose_pivots", chosen_again)
     cersa.save_adapter(model, tmp_path / "a.safetensors")
     model.load_state_dict(model.state_dict())  # may bring other bases
-    with pytest.raises(AssertionError, match="chosen again"):
+    with raises(AssertionError, "pivots were chosen again"):
         cersa.save_adapter(model, tmp_path / "b.safetensors")
 
 
@@ -247,7 +249,7 @@ def test_adapters_of_different_alpha_on_one_model(network, first, second, tmp_pa
     model = copy.deepcopy(network)
     cersa.load_adapter(model, tmp_path / "a.safetensors", adapter_name="a", show_progress=False)
     truncated = [layer.effective_weight({}) for layer in cersa_layers(model).values()]
-    with pytest.warns(UserWarning, match=r"b\.safetensors.* 3 of 3 layers"):
+    with warns(UserWarning, "b.safetensors", "3 of 3 layers", "model.0"):
         cersa.load_adapter(model, tmp_path / "b.safetensors", adapter_name="b", show_progress=False)
     alone = {"b": 1.0}
     for name, layer in cersa_layers(expected).items():
@@ -269,10 +271,10 @@ def test_adapters_of_different_alpha_on_one_model(network, first, second, tmp_pa
 
 
 def test_an_adapter_that_changes_more_than_is_kept_is_refused(network, tmp_path):
-    trained_with(network, tmp_path / "small.safetensors", alpha=0.8)
-    trained_with(network, tmp_path / "large.safetensors", alpha=0.95)
+    small = trained_with(network, tmp_path / "small.safetensors", alpha=0.8)
+    large = trained_with(network, tmp_path / "large.safetensors", alpha=0.95)
     cersa.load_adapter(network, tmp_path / "small.safetensors", show_progress=False)
-    with pytest.raises(ConfigError, match=r"layer model\.0 keeps"):
+    with raises(ConfigError, "model.0", str(small[0].kept_rank), str(large[0].kept_rank)):
         cersa.load_adapter(network, tmp_path / "large.safetensors", adapter_name="large", show_progress=False)
     assert cersa.adapter_names(network) == ["default"]
 
@@ -281,7 +283,7 @@ def test_bases_are_saved_as_far_as_they_are_here(network, tmp_path):
     for name, settings in (("small", {"alpha": 0.8}), ("block", {"alpha": 0.95, "beta": 0.6})):
         trained_with(network, tmp_path / f"{name}.safetensors", **settings)
     cersa.load_adapter(network, tmp_path / "small.safetensors", adapter_name="small", show_progress=False)
-    with pytest.warns(UserWarning, match="components"):
+    with warns(UserWarning, "block.safetensors", "3 of 3 layers", "model.0"):
         cersa.load_adapter(network, tmp_path / "block.safetensors", adapter_name="block", show_progress=False)
     cersa.save_adapter(network, tmp_path / "whole.safetensors", adapter_name="block", save_bases=True)
     saved = read_adapter_file(tmp_path / "whole.safetensors").layers

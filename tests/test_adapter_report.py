@@ -14,7 +14,7 @@ from cersa_diffusion.cli import main
 from cersa_diffusion.inject import cersa_layers
 from cersa_diffusion.training.base import load_base
 
-from .conftest import train
+from .conftest import raises, train
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_thin_factors_hold_the_energy_they_were_asked_for(two):
     for name, error in relative_differences(models[0], loaded).items():
         assert error == pytest.approx(errors[name], abs=1e-5)
     assert f"{len(thin)} of them stored as thin" in describe_adapter(read_adapter_file(paths[1]))
-    with pytest.raises(cersa.ConfigError, match=r"save_energy is 1\.5"):
+    with raises(cersa.ConfigError, "save_energy", "1.5"):
         cersa.save_adapter(models[0], paths[1], save_energy=1.5)
 
 
@@ -110,7 +110,7 @@ def test_export_lora_as_a_command(text_adapter, base_path, tmp_path, capsys):
 
 
 def test_merge_as_a_command(text_adapter, base_path, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=base_path.name):
+    with raises(SystemExit, "adapter.safetensors", "--base", base_path.name):
         main(["merge", str(text_adapter[0]), str(tmp_path / "merged")])
     main(["merge", str(text_adapter[0]), str(tmp_path / "merged"), "--base", str(base_path)])
     assert "8 layers merged" in capsys.readouterr().out
@@ -121,5 +121,5 @@ def test_merge_as_a_command(text_adapter, base_path, tmp_path, capsys):
 
 
 def test_a_base_that_is_not_there_is_one_line(text_adapter, tmp_path):
-    with pytest.raises(SystemExit, match="nowhere"):
+    with raises(SystemExit, "base", str(tmp_path / "nowhere")):
         main(["merge", str(text_adapter[0]), str(tmp_path / "merged"), "--base", str(tmp_path / "nowhere")])

@@ -207,9 +207,8 @@ def test_conditions_of_training_count(network):
 def test_a_budget_that_cannot_be_met_names_the_smallest_and_leaves_the_model(network):
     model = nn.ModuleDict({"norm": nn.LayerNorm(5000), "net": network})
     before = copy.deepcopy(model.state_dict())
-    with raises(ConfigError, "memory_budget") as error:
+    with raises(ConfigError, "memory_budget", "model.norm.weight 0.020 MB", "model.norm.bias 0.020 MB") as error:
         cersa.inject_cersa(model, CersaConfig(memory_budget="41kB"), show_progress=False)
-    assert "Largest: model.norm.weight 0.020 MB, model.norm.bias 0.020 MB, model.net." in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
     least = int(re.search(r"smallest possible is (\d+)", str(error.value))[1])

@@ -4,7 +4,6 @@ import copy
 import multiprocessing
 import os
 import random
-import re
 import stat
 import tempfile
 import threading
@@ -22,7 +21,7 @@ import cersa_diffusion.cache as cache_module
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.cache import DecompositionCache, LeadingFactors, leading_factors, weight_key
 
-from .conftest import DEVICE, randn
+from .conftest import DEVICE, raises, randn, warns
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_a_damaged_entry_is_named_and_replaced(cache, damage):
         "empty": b"",
     }
     path.write_bytes(damaged[damage])
-    with pytest.warns(UserWarning, match=re.escape(str(path))) as caught:
+    with warns(UserWarning, str(path)) as caught:
         again = leading_factors(weight, lambda s: 4, cache)
     assert len(caught) == 1
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
@@ -112,7 +111,7 @@ def test_a_thousand_flipped_bytes_are_each_noticed(cache):
     places = [*header, *(chance.randrange(len(content)) for _ in range(1000 - len(header)))]
     for place in places:
         path.write_bytes(flipped(content, place, chance.randrange(1, 256)))
-        with pytest.warns(UserWarning, match="damaged"):
+        with warns(UserWarning, str(path)):
             assert cache.read(path.stem) is None, f"byte {place} of {len(content)}"
         assert not path.exists()
     path.write_bytes(content)
@@ -122,16 +121,18 @@ def test_a_thousand_flipped_bytes_are_each_noticed(cache):
 def test_half_of_a_basis_lost_costs_a_decomposition_and_no_accuracy(network, cache):
     again = copy.deepcopy(network)
     cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
-    for path in cache.folder.glob("*/*.safetensors"):
+    entries = list(cache.folder.glob("*/*.safetensors"))
+    for path in entries:
         tensors = load_file(path)
         place = path.read_bytes().index(tensors["U"].numpy().tobytes())
         size = tensors["U"].numel() * 4 // 2
         content = bytearray(path.read_bytes())
         content[place : place + size] = bytes(size)
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged") as caught:
+    with pytest.warns(UserWarning) as caught:
         cersa.inject_cersa(again, CersaConfig(alpha=0.9), show_progress=False)
-    assert len(caught) == 3
+    assert len(caught) == len(entries) == 3
+    assert all(any(str(path) in str(warning.message) for warning in caught) for path in entries)
     for layer in (0, 2, 4):
         assert torch.equal(again[layer].effective_weight(), network[layer].effective_weight())
 
@@ -139,7 +140,7 @@ def test_half_of_a_basis_lost_costs_a_decomposition_and_no_accuracy(network, cac
 def test_a_damaged_entry_in_a_read_only_cache_is_not_used(read_only_cache):
     path = only_entry(read_only_cache)
     path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 100))
-    with pytest.warns(UserWarning, match=path.name):
+    with warns(UserWarning, path.name):
         again = leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, read_only_cache)
     expected = leading_factors(torch.eye(9, 5, device=DEVICE), lambda s: 3, None)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
@@ -276,7 +277,7 @@ def test_a_read_only_cache_is_read_and_costs_one_warning(read_only_cache):
 def test_a_cache_that_cannot_even_be_a_folder_does_not_stop_an_injection(network, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CERSA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(UserWarning, match="CERSA_CACHE") as caught:
+    with warns(UserWarning, "CERSA_CACHE", str(tmp_path / "file" / "cache")) as caught:
         cersa.inject_cersa(network, CersaConfig(), show_progress=False)
     assert len(caught) == 1 and isinstance(network[0], cersa.CersaLinear)
 
@@ -295,6 +296,6 @@ def test_off_and_unusable_limits(network, monkeypatch, tmp_path):
     monkeypatch.setenv("CERSA_CACHE", str(tmp_path))
     for limit in ("0", "-1", "nan", "inf", "much"):
         monkeypatch.setenv("CERSA_CACHE_LIMIT", limit)
-        with pytest.raises(ConfigError, match="CERSA_CACHE_LIMIT"):
+        with raises(ConfigError, "CERSA_CACHE_LIMIT", repr(limit)):
             cersa.inject_cersa(network, CersaConfig(), show_progress=False)
     assert isinstance(network[0], nn.Linear) and not list(tmp_path.iterdir())

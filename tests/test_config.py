@@ -6,7 +6,7 @@ import torch
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.config import parse_bytes
 
-from .conftest import raises
+from .conftest import raises, warns
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.01, float("nan")])
@@ -53,9 +53,11 @@ def test_settings_that_cannot_be(settings, names):
         CersaConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"off_diagonals": 2}, {"rank": 4, "beta": 0.5}])
-def test_ignored_settings_are_said(settings):
-    with pytest.warns(UserWarning, match="off_diagonals|beta"):
+@pytest.mark.parametrize(
+    ("settings", "names"), [({"off_diagonals": 2}, "off_diagonals core='sparse'"), ({"rank": 4, "beta": 0.5}, "beta rank")]
+)
+def test_ignored_settings_are_said(settings, names):
+    with warns(UserWarning, *names.split()):
         CersaConfig(**settings)
 
 
@@ -79,7 +81,7 @@ def test_what_is_no_memory_size_is_refused(size):
 def test_a_budget_decides_instead_of_alpha():
     assert CersaConfig(memory_budget=1000, beta=1.0).beta == 1.0
     CersaConfig(memory_budget=1000, beta=0.95, block="bottom")
-    with pytest.warns(UserWarning, match="alpha"):
+    with warns(UserWarning, "alpha", "memory_budget"):
         CersaConfig(memory_budget=1000, alpha=0.5)
     with raises(ConfigError, "choose_ranks"):
         CersaConfig(memory_budget=1000).kept_rank(torch.ones(3))

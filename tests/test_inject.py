@@ -215,6 +215,6 @@ class QuantisedTensor(torch.Tensor):
 def test_quantised_weights_are_refused_by_name(weight, named):
     model = nn.Sequential(nn.Linear(8, 6))
     model[0].weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(ConfigError, match=rf"layer 0 .*{named}"):
+    with raises(ConfigError, "layer 0", named):
         cersa.inject_cersa(model, CersaConfig(), show_progress=False)
     assert type(model[0]) is nn.Linear

@@ -15,7 +15,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
 from cersa_diffusion.inject import cersa_layers
 
-from .conftest import DEVICE
+from .conftest import DEVICE, raises, warns
 from .pipelines_small import FAMILIES, TARGETS, adapted_components, cersa_modules, denoiser, differ, picture, pipeline
 
 # For what does not depend on the kind of model: one each with one text encoder, with two, and with a transformer.
@@ -114,7 +114,7 @@ def test_parity_05_loading_initialises_nothing_that_the_file_overwrites(adapter_
     before = torch.get_rng_state()
     pipe.load_cersa_weights(adapter_file("sd1"))
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(TypeError, match="low_cpu_mem_usage"):
+    with raises(TypeError, "low_cpu_mem_usage"):
         pipe.load_cersa_weights(adapter_file("sd1"), low_cpu_mem_usage=True)
 
 
@@ -241,11 +241,11 @@ def test_parity_14_fuse_adapters_by_name(adapter_file):
     pipe.unfuse_cersa()
     pipe.fuse_cersa(adapter_names="a")
     torch.testing.assert_close(picture(pipe), picture(only_a), **CLOSE)
-    with pytest.raises(ConfigError, match="are fused: unfuse them first"):
+    with raises(ConfigError, "UNet2DConditionModel", "fused", "unfuse_cersa()"):
         pipe.fuse_cersa(adapter_names="b")
     pipe.unfuse_cersa()
     pipe.set_cersa_adapters("a")
-    with pytest.raises(ConfigError, match="'b' is not active"):
+    with raises(ConfigError, "'b'", "active", "['a']"):
         pipe.fuse_cersa(adapter_names=["a", "b"])
 
 
@@ -265,7 +265,7 @@ def test_parity_17_nan_with_safe_fusing_raises_before_anything_is_fused(adapter_
     layers = list(cersa_layers(pipe.text_encoder).values())
     value = layers[-1].cores["a"].D[0, 0].item()
     layers[-1].cores["a"].D.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match="NaN"):
+    with raises(NonFiniteError, list(cersa_layers(pipe.text_encoder))[-1], "safe_fusing"):
         pipe.fuse_cersa(safe_fusing=True)
     assert len(cersa_modules(pipe)) == len(cersa_layers(pipe.unet)) + len(layers)
     layers[-1].cores["a"].D.data[0, 0] = value
@@ -322,14 +322,14 @@ def test_parity_22_unknown_adapter_names(adapter_file):
         lambda: pipe.fuse_cersa(adapter_names=["nobody"]),
         lambda: pipe.save_cersa_weights("nowhere", adapter_name="nobody"),
     ):
-        with pytest.raises(ValueError, match=r"'nobody', this pipeline has \['a', 'b'\]"):
+        with raises(ValueError, "'nobody'", "['a', 'b']"):
             mistake()
     assert torch.equal(picture(pipe), before)
 
 
 def test_parity_23_a_name_that_is_taken(adapter_file):
     pipe = two_adapters("sd1", adapter_file)
-    with pytest.raises(ValueError, match="'a' is already loaded"):
+    with raises(ValueError, "'a'", "adapter_name", "hotswap"):
         pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
 
 
@@ -337,7 +337,7 @@ def test_parity_24_an_unknown_component_is_ignored_with_a_warning(adapter_file):
     pipe, expected = pipeline("sd1"), pipeline("sd1")
     for each in (pipe, expected):
         each.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
-    with pytest.warns(UserWarning, match=r"\['transformer'\] are ignored.*\['unet', 'text_encoder'\]"):
+    with warns(UserWarning, "['transformer']", "'a'", "['unet', 'text_encoder']"):
         pipe.set_cersa_adapters("a", {"unet": 0.3, "transformer": 5.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

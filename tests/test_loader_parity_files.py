@@ -13,7 +13,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.inject import cersa_layers
 
-from .conftest import DEVICE, randn
+from .conftest import DEVICE, raises, randn
 from .pipelines_small import SIZE, cersa_modules, denoiser, differ, picture, pipeline
 
 FILE_NAME = "pytorch_cersa_weights.safetensors"
@@ -51,8 +51,15 @@ def test_parity_29_wrong_metadata_is_refused(adapter_file):
     state = pipe.cersa_state_dict(adapter_file("sd1"))
     other = pipe.cersa_state_dict(adapter_file("sd1", components=("text_encoder",)))
     before = picture(pipe)
-    for wrong in ("{", "[]", '{"format_version": 99}', other["cersa"], state["cersa"].replace('"r": ', '"r": 1'), None):
-        with pytest.raises(AdapterFormatError, match="state dict"):
+    for wrong, named in (
+        ("{", "JSON"),
+        ("[]", "JSON"),
+        ('{"format_version": 99}', "99"),
+        (other["cersa"], "unet.down_blocks.0.resnets.0.time_emb_proj.block"),
+        (state["cersa"].replace('"r": ', '"r": 1'), "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"),
+        (None, "'cersa'"),
+    ):
+        with raises(AdapterFormatError, "state dict", named):
             pipe.load_cersa_weights(state | {"cersa": wrong})
     assert not cersa_modules(pipe) and torch.equal(picture(pipe), before)
 
@@ -83,7 +90,7 @@ def test_parity_30_a_dict_goes_from_one_pipeline_to_another(adapter_file):
 def test_parity_31_no_matching_key(adapter_file):
     pipe = pipeline("sd1")
     before = picture(pipe)
-    with pytest.raises(BaseMismatchError, match="transformer"):
+    with raises(BaseMismatchError, "'transformer'", "['text_encoder', 'unet']"):
         pipe.load_cersa_weights(adapter_file("flux"))
     assert torch.equal(picture(pipe), before)
 
@@ -93,9 +100,8 @@ def test_parity_32_missing_and_unexpected_keys_in_one_message(adapter_file):
     state = pipe.cersa_state_dict(adapter_file("sd1"))
     name = next(key for key in state if key.endswith(".rows"))
     state["unet.nothing.rows"] = state.pop(name)
-    with pytest.raises(AdapterFormatError) as caught:
+    with raises(AdapterFormatError, name, "unet.nothing.rows"):
         pipe.load_cersa_weights(state)
-    assert name in str(caught.value) and "unet.nothing.rows" in str(caught.value)
     assert not cersa_modules(pipe)
 
 
@@ -109,7 +115,7 @@ def test_parity_33_file_names_are_guessed_offline(adapter_file, tmp_path):
     pipe = pipeline("sd1")
     pipe.load_cersa_weights("someone/a-cat", cache_dir=tmp_path, local_files_only=True)
     assert cersa_modules(pipe)
-    with pytest.raises(AdapterFormatError, match=r"other\.safetensors is not to be had from the hub .*weight_name="):
+    with raises(AdapterFormatError, "someone/a-cat", "other.safetensors", "weight_name"):
         pipe.load_cersa_weights("someone/a-cat", "other.safetensors", cache_dir=tmp_path, local_files_only=True)
 
 
@@ -254,9 +260,9 @@ def test_parity_37_hotswap_pads_smaller_cores_and_refuses_others(adapter_file, t
     only_text = pipeline("sd1")
     only_text.load_cersa_weights(adapter_file("sd1", components=("text_encoder",)), adapter_name="a")
     before = picture(only_text)
-    with pytest.raises(ConfigError, match="the loaded adapter does not change it"):
+    with raises(ConfigError, "unet.time_embedding.linear_1", "hotswap=True"):
         only_text.load_cersa_weights(adapter_file("sd1"), adapter_name="a", hotswap=True)
-    with pytest.raises(ConfigError, match="hotswap needs the adapter_name of a loaded adapter, found 'b'"):
+    with raises(ConfigError, "hotswap", "adapter_name", "'b'", "['a']"):
         only_text.load_cersa_weights(adapter_file("sd1"), adapter_name="b", hotswap=True)
     assert torch.equal(picture(only_text), before)
     assert not any(isinstance(module, CersaLinear) for module in denoiser(only_text).modules())

@@ -22,7 +22,7 @@ from cersa_diffusion.training.captions import read_examples
 from cersa_diffusion.training.run import DreamBoothRun
 
 from . import pipelines_small as small
-from .conftest import DEVICE
+from .conftest import DEVICE, raises
 from .pipelines_small import cersa_modules, differ
 
 METHODS = (
@@ -139,12 +139,12 @@ def test_folder_file_name_and_adapter_names(base_path, changed, tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("one", "other"):
         shutil.copy(changed[0], tmp_path / "sub" / f"{name}.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"'one\.safetensors', 'other\.safetensors'.*weight_name"):
+    with raises(AdapterFormatError, str(tmp_path / "sub"), "['one.safetensors', 'other.safetensors']", "weight_name"):
         pipeline.load_cersa_weights(tmp_path, subfolder="sub")
     pipeline.load_cersa_weights(tmp_path / "sub", weight_name="other.safetensors", strength=0.5)
     layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert set(layer.cores) == {"default_0", "default_1"}
-    with pytest.raises(ConfigError, match="'default_1' is already loaded"):
+    with raises(ConfigError, "'default_1'", "adapter_name", "hotswap"):
         pipeline.load_cersa_weights(changed[0], adapter_name="default_1")
 
 
@@ -164,7 +164,7 @@ def test_hub_ids_go_through_huggingface_hub(base_path, changed, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/no/such/file.safetensors", "no-such-thing", "some/where/deep"])
 def test_paths_that_do_not_exist(base_path, path):
-    with pytest.raises(AdapterFormatError, match="no such file or folder"):
+    with raises(AdapterFormatError, path, "owner/name"):
         load_base(str(base_path)).load_cersa_weights(path)
 
 
@@ -174,7 +174,7 @@ def test_another_base_is_refused_and_the_pipeline_is_as_before(base_path, change
     for parameter in pipeline.unet.mid_block.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     before = picture(pipeline)
-    with pytest.raises(BaseMismatchError, match=r"another base model.*unet\.mid_block"):
+    with raises(BaseMismatchError, changed[0].name, "unet.mid_block", "allow_base_mismatch"):
         pipeline.load_cersa_weights(changed[0])
     assert torch.equal(picture(pipeline), before)
 
@@ -182,7 +182,7 @@ def test_another_base_is_refused_and_the_pipeline_is_as_before(base_path, change
 def test_a_pipeline_without_the_text_encoder_is_told_what_is_missing(base_path, changed):
     pipeline = load_base(str(base_path))
     pipeline.text_encoder = None
-    with pytest.raises(BaseMismatchError, match="the model has no 'text_encoder'"):
+    with raises(BaseMismatchError, changed[0].name, "'text_encoder'", "['unet']"):
         pipeline.load_cersa_weights(changed[0])
 
 
@@ -202,16 +202,16 @@ def test_every_pipeline_class_has_the_methods():
 
 def test_misspelt_arguments_and_impossible_names_are_refused(adapter_file, tmp_path):
     pipe = small.pipeline("sd1")
-    with pytest.raises(TypeError, match="strenght"):
+    with raises(TypeError, "strenght"):
         pipe.load_cersa_weights(adapter_file("sd1"), strenght=0.5)
     for name in ("v1.5", "", "keys"):
-        with pytest.raises(ConfigError, match="cannot be the name of an adapter"):
+        with raises(ConfigError, repr(name), "name of an adapter", "torch"):
             pipe.load_cersa_weights(adapter_file("sd1"), adapter_name=name)
-    with pytest.raises(ConfigError, match=r"no component 'vae' to adapt.*'unet', 'text_encoder'"):
+    with raises(ConfigError, "'vae'", "StableDiffusionPipeline", "['unet', 'text_encoder']"):
         pipe.fuse_cersa(components=["vae"])
-    with pytest.raises(ConfigError, match="no component has CERSA layers"):
+    with raises(ConfigError, "CERSA layers", "fuse"):
         pipe.fuse_cersa()
-    with pytest.raises(ConfigError, match=r"has the adapters \[\]"):
+    with raises(ConfigError, "[]", "adapter_name"):
         pipe.save_cersa_weights(tmp_path)
     assert not cersa_modules(pipe)
 
@@ -220,13 +220,13 @@ def test_saving_needs_a_name_where_there_are_several(adapter_file, tmp_path):
     pipe = small.pipeline("sd1")
     for seed, name in enumerate("ab"):
         pipe.load_cersa_weights(adapter_file("sd1", seed=seed), adapter_name=name)
-    with pytest.raises(ConfigError, match=r"\['a', 'b'\]: say with adapter_name="):
+    with raises(ConfigError, "['a', 'b']", "adapter_name"):
         pipe.save_cersa_weights(tmp_path)
     pipe.save_cersa_weights(tmp_path, "b", is_main_process=False)
     assert not list(tmp_path.iterdir())
     pipe.save_cersa_weights(tmp_path / "new" / "folder", "b")
     assert (tmp_path / "new" / "folder" / "pytorch_cersa_weights.safetensors").is_file()
-    with pytest.raises(ConfigError, match="is a file"):
+    with raises(ConfigError, str(adapter_file("sd1")), "weight_name"):
         pipe.save_cersa_weights(adapter_file("sd1"), "b")
 
 
@@ -237,7 +237,7 @@ def test_saving_takes_the_options_of_a_single_model(adapter_file, tmp_path):
         pipe.save_cersa_weights(tmp_path, weight_name=f"{name}.safetensors", **options)
     size = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
     assert size["less"] < size["plain"] < size["bases"]
-    with pytest.raises(ConfigError, match="save_energy"):
+    with raises(ConfigError, "save_energy", "2"):
         pipe.save_cersa_weights(tmp_path / "none", save_energy=2)
     assert not (tmp_path / "none").exists()
 
@@ -286,7 +286,7 @@ def test_fused_layers_are_not_changed_behind_the_back(adapter_file, tmp_path):
         lambda: cersa.add_adapter(pipe.unet, "c", like="a"),
         lambda: cersa.load_adapter({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, adapter_file("sd1")),
     ):
-        with pytest.raises(ConfigError, match=r"fused.*unfuse"):
+        with raises(ConfigError, "fused", "unfuse_cersa()"):
             change()
     assert torch.equal(small.picture(pipe), fused) and pipe.get_active_cersa_adapters() == ["a"]
     pipe.save_cersa_weights(tmp_path, "a", dtype=torch.float32)
@@ -352,7 +352,7 @@ def test_a_layer_with_a_lora_is_refused_with_the_order_that_works(adapter_file, 
     pipe = small.pipeline("sd1")
     pipe.load_lora_weights(lora_file)
     before = small.picture(pipe)
-    with pytest.raises(ConfigError, match=r"to_q carries a LoRA: unload it .*fuse_cersa\(\)"):
+    with raises(ConfigError, "attn1.to_q", "LoRA", "unload_lora_weights()", "fuse_cersa()"):
         pipe.load_cersa_weights(adapter_file("sd1"))
     assert torch.equal(small.picture(pipe), before) and not cersa_modules(pipe)
     pipe.load_cersa_weights(adapter_file("sd1", components=("text_encoder",)))
@@ -364,7 +364,7 @@ def test_a_lora_goes_on_top_of_a_fused_adapter(adapter_file, lora_file):
     base = small.picture(pipe)
     pipe.load_cersa_weights(adapter_file("sd1"))
     adapted = small.picture(pipe)
-    with pytest.raises(ValueError, match="CersaLinear"):
+    with raises(ValueError, "CersaLinear"):
         pipe.load_lora_weights(lora_file)
     assert torch.equal(small.picture(pipe), adapted)
     pipe.fuse_cersa()
@@ -372,7 +372,7 @@ def test_a_lora_goes_on_top_of_a_fused_adapter(adapter_file, lora_file):
     pipe.load_lora_weights(lora_file)
     assert differ(small.picture(pipe), fused)
     for change in (pipe.unfuse_cersa, pipe.unload_cersa_weights):
-        with pytest.raises(ConfigError, match=r"carry a LoRA.*unload_lora_weights"):
+        with raises(ConfigError, "fused", "attn1.to_q", "LoRA", "unload_lora_weights()"):
             change()
     pipe.unload_lora_weights()
     assert torch.equal(small.picture(pipe), fused)

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 import cersa_diffusion
 from cersa_diffusion import AdapterFormatError, CersaLinear, ConfigError
 
-from .conftest import DEVICE
+from .conftest import DEVICE, raises
 from .pipelines_small import adapted_components, cersa_modules, differ, picture, pipeline
 
 ONLY_A = {"unet": ["a"], "text_encoder": ["a"]}
@@ -126,7 +126,7 @@ def test_a_truncated_file_leaves_the_pipeline(loaded, adapter_file, tmp_path, ke
     (tmp_path / "cut.safetensors").write_bytes(content[: int(kept * len(content))])
     before, image = modules_and_states(loaded), picture(loaded)
     for settings in ({"adapter_name": "b"}, {"adapter_name": "a", "hotswap": True}):
-        with pytest.raises(AdapterFormatError, match=r"cut\.safetensors"):
+        with raises(AdapterFormatError, "cut.safetensors"):
             loaded.load_cersa_weights(tmp_path, **settings)
     assert_unchanged(loaded, before)
     assert torch.equal(picture(loaded), image)
@@ -137,7 +137,7 @@ def test_unload_without_a_kept_base_leaves_the_pipeline(adapter_file):
     cersa_diffusion.inject_cersa(pipe.unet, cersa_diffusion.CersaConfig(), show_progress=False)
     pipe.load_cersa_weights(adapter_file("sd1", components=("text_encoder",)))
     before = modules_and_states(pipe)
-    with pytest.raises(ConfigError, match="was not kept"):
+    with raises(ConfigError, "time_embedding.linear_1", "keep_base=True"):
         pipe.unload_cersa_weights()
     assert_unchanged(pipe, before)
 
@@ -155,7 +155,7 @@ def test_a_base_that_changed_on_disk_is_not_put_back(adapter_file, tmp_path):
     adapted = picture(pipe)
     first.load_cersa_weights(adapter_file("sd1"))
     first.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match="its file has changed since"):
+    with raises(ConfigError, "time_embedding.linear_1", "keep_base=True"):
         pipe.unload_cersa_weights()
     assert torch.equal(picture(pipe), adapted) and cersa_modules(pipe)
 
@@ -176,13 +176,13 @@ def test_pipelines_that_share_models_share_the_adapters(adapter_file):
     first.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
     assert second.get_list_cersa_adapters() == first.get_list_cersa_adapters() == ONLY_A
     assert differ(image_to_image(second), bases[1])
-    with pytest.raises(ConfigError, match="'a' is already loaded"):
+    with raises(ConfigError, "'a'", "adapter_name", "hotswap"):
         second.load_cersa_weights(adapter_file("sd1", seed=1), adapter_name="a")
     second.load_cersa_weights(adapter_file("sd1", seed=1))
     second.set_cersa_adapters("default_0")
     assert first.get_active_cersa_adapters() == ["default_0"]
     second.fuse_cersa()
-    with pytest.raises(ConfigError, match="fused"):
+    with raises(ConfigError, "fused", "unfuse_cersa()"):
         first.set_cersa_adapters("a")
     third = StableDiffusionImg2ImgPipeline.from_pipe(first)
     third.unload_cersa_weights()

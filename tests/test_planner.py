@@ -23,7 +23,7 @@ from cersa_diffusion.plan_report import compression_rate, plot_plan
 from cersa_diffusion.planner import METHODS, MemoryUse, layer_kind, plan_memory
 from cersa_diffusion.tokens import LayerInput, count_tokens, pipeline_tokens
 
-from .conftest import DEVICE, randn
+from .conftest import DEVICE, raises, randn
 
 LORA_RANK = 5
 CONFIG = CersaConfig(alpha=0.9, beta=0.7)
@@ -208,8 +208,12 @@ def test_pipeline_tokens_are_those_of_a_real_pass(base_path):
     assert tokens == count_tokens({"unet": unet, "text_encoder": text_encoder}, real)
     states = {name: given for name, given in tokens.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert len(set(states.values())) == 1 and {given.rows for given in states.values()} == {2 * length}
-    for batch, resolution, named in ((0, 64, "batch is 0"), (1, 4 * factor + 1, "resolution is"), (1, 0, "resolution is 0")):
-        with pytest.raises(ConfigError, match=named):
+    for batch, resolution, named in (
+        (0, 64, "batch 0"),
+        (1, 4 * factor + 1, f"resolution {4 * factor + 1}"),
+        (1, 0, "resolution 0"),
+    ):
+        with raises(ConfigError, *named.split()):
             pipeline_tokens(pipeline, batch, resolution)
 
 
@@ -343,26 +347,26 @@ def test_compression_rate_and_plot(network, tmp_path):
     plot_plan(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     for path in (tmp_path / "none" / "plan.png", tmp_path / "plan.nothing"):
-        with pytest.raises(ConfigError, match=r"cannot be written.*\.png"):
+        with raises(ConfigError, str(path), ".png"):
             plot_plan(plan, path)
 
 
 def test_plot_without_matplotlib_names_the_extra(network, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plan = plan_memory(network, CONFIG, show_progress=False)
-    with pytest.raises(ConfigError, match=r"cersa-diffusion\[plot\]"):
+    with raises(ConfigError, "matplotlib", "cersa-diffusion[plot]"):
         plot_plan(plan, tmp_path / "plan.png")
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"optimizer": "lion"}, "optimizer is 'lion', expected one of"),
-        ({"lora_rank": 0}, "lora_rank is 0"),
-        ({"tokens": {"model.0": LayerInput(3)}}, "nothing about layer model.2"),
-        ({"config": {"unet": CONFIG}}, r"given for \['unet'\], the model has the components \['model'\]"),
+        ({"optimizer": "lion"}, "optimizer 'lion' 'adamw'"),
+        ({"lora_rank": 0}, "lora_rank 0"),
+        ({"tokens": {"model.0": LayerInput(3)}}, "tokens model.2 count_tokens"),
+        ({"config": {"unet": CONFIG}}, "['unet'] ['model'] CersaConfig"),
     ],
 )
 def test_settings_that_cannot_be_planned_are_refused(network, settings, named):
-    with pytest.raises(ConfigError, match=named):
+    with raises(ConfigError, *named.split()):
         plan_memory(network, **({"config": CONFIG, "show_progress": False} | settings))

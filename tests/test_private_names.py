@@ -15,6 +15,7 @@ from torch import nn
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.private_names import PRIVATE_NAMES, PrivateName, enable_gradient_checkpointing
 
+from .conftest import raises
 from .pipelines_small import pipeline
 
 
@@ -26,9 +27,8 @@ def test_name_is_there(private):
 
 @pytest.mark.parametrize("missing", [PrivateName("torch.nn", "Module._gone", "x"), PrivateName("torch._gone", "name", "x")])
 def test_a_name_that_is_gone_names_the_library_its_version_and_the_name(missing):
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, f"torch {torch.__version__}", f"{missing.module}.{missing.name}"):
         missing.get()
-    assert f"torch {torch.__version__} has no {missing.module}.{missing.name}" in str(error.value)
 
 
 def took_away(library: str, name: str) -> str:
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_is_switched_on_in_models_of_both_libraries(recwa
 
 
 def test_a_model_without_gradient_checkpointing_is_named():
-    with pytest.raises(ConfigError, match="Sequential"):
+    with raises(ConfigError, "Sequential", "gradient_checkpointing"):
         enable_gradient_checkpointing(nn.Sequential())
 
 

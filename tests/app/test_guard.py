@@ -17,6 +17,7 @@ from gradio_app.private_folder import PrivateFolder
 from gradio_app.settings import Limits
 from gradio_app.state import App
 
+from ..conftest import raises
 from .conftest import settings_in
 from .test_server import form
 
@@ -199,7 +200,7 @@ def test_a_disk_that_is_almost_full_takes_no_uploads(tmp_path, monkeypatch):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 2**30))
     folder = PrivateFolder(tmp_path, Limits())
-    with pytest.raises(ConfigError, match="1024 MiB free"), folder.room_for(1):
+    with raises(ConfigError, "disk", "1024 MiB"), folder.room_for(1):
         pass
 
 

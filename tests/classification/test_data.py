@@ -17,6 +17,7 @@ from cersa_diffusion.classification.images import load_images
 from cersa_diffusion.classification.model import load_processor
 from cersa_diffusion.classification.texts import load_texts, text_columns, token_limit
 
+from ..conftest import raises
 from .conftest import WORDS, sentences, write_pictures, write_table
 
 
@@ -43,19 +44,19 @@ def test_minus_one_is_a_label_among_others():
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "regression", "message"),
+    ("train", "validation", "regression", "named"),
     [
-        (["a", "a"], ["a"], False, "train: all 2 examples are of one class, 'a'"),
-        ([0, 1], [2], False, r"validation: classes \['2'\] do not occur in the training examples"),
-        ([0.5, 1.0], [1.0], False, "label_column: 0.5 is no class: add --regression"),
-        (["a", "b"], ["a"], True, "label_column: 'a' is no number to predict"),
-        ([0, 1, -1], [-1, -1], False, "validation: 2 of 2 examples have no label, e.g. number 0"),
-        (["a", None], ["a"], False, "train: 1 of 2 examples have no label, e.g. number 1"),
+        (["a", "a"], ["a"], False, ("train", "2", "'a'")),
+        ([0, 1], [2], False, ("validation", "['2']", "['0', '1']")),
+        ([0.5, 1.0], [1.0], False, ("label_column", "0.5", "--regression")),
+        (["a", "b"], ["a"], True, ("label_column", "'a'", "regression")),
+        ([0, 1, -1], [-1, -1], False, ("validation", "label", "2 of 2", "number 0")),
+        (["a", None], ["a"], False, ("train", "label", "1 of 2", "number 1")),
     ],
 )
-def test_labels_that_cannot_work_are_refused(train, validation, regression, message):
+def test_labels_that_cannot_work_are_refused(train, validation, regression, named):
     splits = {"validation": Dataset.from_dict({"label": validation})}
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, *named):
         number_labels(Dataset.from_dict({"label": train}), splits, "label", regression=regression)
 
 
@@ -100,40 +101,48 @@ def test_sts_b_predicts_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "changes", "message"),
+    ("content", "changes", "named"),
     [
-        ("", {}, "train_file: .* is empty"),
-        ("text,label\n", {}, "train: no examples in it|cannot be read"),
-        ("sentence,label\na,0\nb,1\n", {}, "text_column: train has no column 'text', only sentence, label"),
-        ("text,class\na,0\nb,1\n", {}, "label_column: train has no column 'label', only text, class"),
-        ("text,label\n,0\nb,1\n", {}, "train: 1 of 2 examples have no text in 'text', e.g. number 0"),
-        ("text,label\na,0\nb,1\n", {"validation_file": None}, "no examples to evaluate on"),
-        ("text,label\na,0\nb,1\n", {"validation_file": ["/no/such.csv"]}, "validation_file: /no/such.csv: no such file"),
-        ("text,label\na,0\nb,1\n", {"validation_fraction": 0.5}, "leave one out"),
+        ("", {}, ("train_file", "train.csv", "empty")),
+        ("sentence,label\na,0\nb,1\n", {}, ("text_column", "train", "'text'", "sentence, label")),
+        ("text,class\na,0\nb,1\n", {}, ("label_column", "train", "'label'", "text, class")),
+        ("text,label\n,0\nb,1\n", {}, ("train", "1 of 2", "'text'", "number 0")),
+        ("text,label\na,0\nb,1\n", {"validation_file": None}, ("validation_file", "validation_dir", "validation_fraction")),
+        ("text,label\na,0\nb,1\n", {"validation_file": ["/no/such.csv"]}, ("validation_file", "/no/such.csv")),
+        ("text,label\na,0\nb,1\n", {"validation_fraction": 0.5}, ("validation_fraction", "training", "evaluate")),
     ],
 )
-def test_files_that_cannot_work_are_refused(content, changes, message, tmp_path):
+def test_files_that_cannot_work_are_refused(content, changes, named, tmp_path):
     path = tmp_path / "train.csv"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, *named):
         load_texts(TextData(**{"train_file": str(path), "validation_file": [str(path)]} | changes), seed=0)
 
 
+def test_a_table_without_rows_is_refused(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n")
+    with raises(ConfigError, "train") as caught:
+        load_texts(TextData(train_file=str(path), validation_file=[str(path)]), seed=0)
+    # One release of datasets reads no rows, another one no table.
+    assert any(name in str(caught.value) for name in ("no examples", "CSV"))
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"task_name": "winograd"}, "task_name is 'winograd', expected one of the GLUE tasks mnli, mrpc"),
-        ({}, "data: expected one of dataset_name, train_file, found none"),
-        ({"train_file": "a.csv", "dataset_name": "b"}, "found dataset_name and train_file"),
+        ({"task_name": "winograd"}, ("task_name", "'winograd'", "mnli, mrpc")),
+        ({}, ("dataset_name", "train_file", "none")),
+        ({"train_file": "a.csv", "dataset_name": "b"}, ("dataset_name and train_file",)),
         (
             {"dataset_name": "a", "validation_split": "b", "validation_fraction": 0.5},
-            "validation_split names others: leave one out",
+            ("validation_fraction", "validation_split"),
         ),
-        ({"train_file": "a.csv", "validation_fraction": 1.5}, r"validation_fraction is 1.5, expected a share in \(0, 1\)"),
+        ({"train_file": "a.csv", "validation_fraction": 1.5}, ("validation_fraction", "1.5", "(0, 1)")),
     ],
 )
-def test_sources_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
+def test_sources_that_contradict_each_other_are_refused(changes, named):
+    with raises(ConfigError, *named):
         TextData(**changes)
 
 
@@ -142,7 +151,7 @@ def test_a_data_set_on_disk_and_its_missing_split(tmp_path):
     DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "set")
     splits = load_texts(TextData(dataset_name=str(tmp_path / "set")), seed=0)
     assert list(splits.validation) == ["test"] and splits.train["labels"][:] == [0, 1]
-    with pytest.raises(ConfigError, match=r"validation_split: .* has no split 'dev', only train, test"):
+    with raises(ConfigError, "validation_split", str(tmp_path / "set"), "'dev'", "train, test"):
         load_texts(TextData(dataset_name=str(tmp_path / "set"), validation_split="dev"), seed=0)
 
 
@@ -162,7 +171,7 @@ def test_a_data_set_of_pictures_with_its_own_columns(tmp_path):
     assert splits.label_names == ["x", "y"] and splits.train.column_names == ["image", "labels"]
     rows = rows.cast_column("fine", Value("string")).rename_column("img", "picture").add_column("img", [1, 2, 3, 4])
     DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "other")
-    with pytest.raises(ConfigError, match="image_column: 'img' of train holds no pictures"):
+    with raises(ConfigError, "image_column", "'img'", "train"):
         load_images(ImageData(dataset_name=str(tmp_path / "other"), image_column="img", label_column="fine"), seed=0)
 
 
@@ -171,18 +180,20 @@ def test_pictures_that_cannot_work_are_refused(tmp_path):
     source = {"train_dir": str(folder), "validation_fraction": 0.5}
     (folder / "dark" / "broken.png").write_bytes((folder / "dark" / "0.png").read_bytes()[:100])
     (folder / "light" / "text.jpg").write_text("no picture")
-    with pytest.raises(ConfigError, match=r"2 of 8 pictures|1 of \d pictures cannot be used, .*(broken\.png|text\.jpg)"):
+    with raises(ConfigError, "pictures") as caught:
         load_images(ImageData(**source), seed=0)
+    # Of whichever split comes first.
+    assert any(name in str(caught.value) for name in ("broken.png", "text.jpg"))
     one = write_pictures(tmp_path / "one", 4, 0) / "dark"
-    with pytest.raises(ConfigError, match="has no sub-folders, expected one of pictures for every class"):
+    with raises(ConfigError, "train_dir", str(one), "class"):
         load_images(ImageData(train_dir=str(one), validation_fraction=0.5), seed=0)
     lone = tmp_path / "lone"
     lone.mkdir()
     one.rename(lone / "dark")
-    with pytest.raises(ConfigError, match="are of one class, 'dark'"):
+    with raises(ConfigError, "train", "class", "'dark'"):
         load_images(ImageData(train_dir=str(lone), validation_fraction=0.5), seed=0)
     (tmp_path / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="train_dir: no pictures in the sub-folders"):
+    with raises(ConfigError, "train_dir", str(tmp_path / "empty"), ".png"):
         load_images(ImageData(train_dir=str(tmp_path / "empty"), validation_fraction=0.5), seed=0)
 
 
@@ -208,7 +219,7 @@ def test_inputs_are_cut_to_what_the_model_takes(model_path):
         assert token_limit(None, tokenizer, config) == limit
         assert token_limit(12, tokenizer, config) == 12
     config, tokenizer = AutoConfig.from_pretrained(model_path("bert")), AutoTokenizer.from_pretrained(model_path("bert"))
-    with pytest.raises(ConfigError, match="max_length is 41, but the model takes at most 40 tokens"):
+    with raises(ConfigError, "max_length", "41", "40"):
         token_limit(41, tokenizer, config)
 
 

@@ -28,7 +28,7 @@ from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.classification.trainer import ClassifierTrainer
 from cersa_diffusion.inject import match_targets
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, raises
 
 ARCHITECTURES = ("vit", "bert", "roberta", "deberta-v2", "deberta-v3")
 # With these rates four steps change the logits by a good part.
@@ -116,9 +116,9 @@ def test_transformers_need_not_accept_the_installed_peft(method, model_path, tmp
 @pytest.mark.parametrize(
     ("changes", "error", "named"),
     [
-        ({"query.lora_B": None}, BaseMismatchError, r"query\.lora_B"),
-        ({"query.lora_A": "nothing.lora_A"}, BaseMismatchError, r"nothing\.lora_A|query\.lora_A"),
-        ({"classifier": None}, BaseMismatchError, "classifier"),
+        ({"query.lora_B": None}, BaseMismatchError, "query.lora_B.weight BertForSequenceClassification"),
+        ({"query.lora_A": "nothing.lora_A"}, BaseMismatchError, "nothing.lora_A.weight BertForSequenceClassification"),
+        ({"classifier": None}, BaseMismatchError, "base_model.model.classifier BertForSequenceClassification"),
     ],
 )
 def test_a_lora_that_lacks_tensors_or_has_others_is_refused(changes, error, named, model_path, tmp_path):
@@ -131,10 +131,10 @@ def test_a_lora_that_lacks_tensors_or_has_others_is_refused(changes, error, name
     if new is not None:
         tensors[name.replace(old, new)] = tensor
     save_file(tensors, path)
-    with pytest.raises(error, match=named):
+    with raises(error, path.name, *named.split()):
         load_classifier(tmp_path)
     path.write_bytes(b"broken")
-    with pytest.raises(AdapterFormatError, match=path.name):
+    with raises(AdapterFormatError, path.name):
         load_classifier(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_pickled_base_is_not_read(model_path, tmp_path):
     weights = tmp_path / "pickled" / "model.safetensors"
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"pickled: .*safetensors.* pickles"):
+    with raises(ConfigError, str(tmp_path / "pickled"), "safetensors", "pickles"):
         prepared("bert", lambda _: tmp_path / "pickled", method="lora")
 
 
@@ -224,7 +224,7 @@ def test_the_adapter_file_and_the_head_load_into_a_stock_model_by_hand(model_pat
     expected = logits(classifier.model, "roberta")
     assert (logits(model, "roberta") - expected).norm() <= 5e-3 * expected.norm()
     other = AutoModelForSequenceClassification.from_pretrained(model_path("roberta"), num_labels=2)
-    with pytest.raises(ConfigError, match=r"classifier\.out_proj.* does not fit this model"):
+    with raises(ConfigError, "head.safetensors", "classifier.out_proj.bias", "(3,)"):
         load_head(other, tmp_path / "result" / "head.safetensors")
 
 
@@ -285,17 +285,17 @@ def test_dropouts_reach_the_model(name, model_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"target_modules": ["classifier"]}, r"\['classifier'\] is part of the classifier"),
-        ({"target_modules": ["nothing"]}, r"matches no nn.Linear .* its linear layers end in"),
-        ({"method": "pissa", "rank": 25}, "rank is 25, but layer .* has only 24 components"),
-        ({"classifier_dropout": 0.1}, "classifier_dropout: a 'vit' model has none"),
-        ({"attention_dropout": 1.0}, r"attention_dropout is 1.0, expected a share in \[0, 1\)"),
-        ({"classifier_learning_rate": 0.0}, "classifier_learning_rate is 0.0, expected more than 0"),
-        ({"memory_budget": "1MB", "method": "lora"}, "memory_budget chooses what CERSA keeps"),
+        ({"target_modules": ["classifier"]}, ("target_modules", "['classifier']")),
+        ({"target_modules": ["nothing"]}, ("target_modules=['nothing']", "ViTForImageClassification", "'classifier'")),
+        ({"method": "pissa", "rank": 25}, ("rank", "25", "24", "PiSSA")),
+        ({"classifier_dropout": 0.1}, ("classifier_dropout", "'vit'")),
+        ({"attention_dropout": 1.0}, ("attention_dropout", "1.0", "[0, 1)")),
+        ({"classifier_learning_rate": 0.0}, ("classifier_learning_rate", "0.0")),
+        ({"memory_budget": "1MB", "method": "lora"}, ("memory_budget", "'lora'")),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes, message, model_path):
-    with pytest.raises(ConfigError, match=message):
+def test_settings_that_cannot_work_are_refused(changes, named, model_path):
+    with raises(ConfigError, *named):
         prepared("vit", model_path, **{"method": "cersa"} | changes)

@@ -20,7 +20,7 @@ from cersa_diffusion.classification import (
 )
 from cersa_diffusion.training.checkpoints import WEIGHTS_FILE
 
-from ..conftest import assert_named, raises
+from ..conftest import assert_named, raises, warns
 
 
 def run(model: Path, data, output: Path, **changes):
@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, model_path, picture_fo
         before = "checkpoint-3"
     with warnings.catch_warnings(record=True) as said:
         resumed = run(model_path("vit"), data, tmp_path / "run", resume_from_checkpoint="latest", **own)
-    assert any("checkpoint-6 was not written to its end" in str(w.message) for w in said) == (before == "checkpoint-3")
+    assert any("checkpoint-6" in str(w.message) for w in said) == (before == "checkpoint-3")
     assert resumed.loss == pytest.approx(whole.loss)
     again = load_file(tmp_path / "run" / "checkpoint-8" / WEIGHTS_FILE)
     assert last.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in last.items())
@@ -126,7 +126,7 @@ def test_a_run_goes_on_on_another_machine(model_path, text_files, tmp_path, othe
     for step in range(6, whole.steps + 1):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}", ignore_errors=True)
     other_machine()
-    with pytest.warns(UserWarning, match="moments start anew"):
+    with warns(UserWarning, "checkpoint-3", "moments"):
         moved = run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", **options)
     assert moved.steps == whole.steps and moved.loss == pytest.approx(whole.loss, rel=0.02) and moved.loss != whole.loss
 
@@ -139,7 +139,7 @@ def test_the_last_step_is_in_a_checkpoint_whatever_is_saved_on_the_way(model_pat
     options = {"method": "cersa", "save_strategy": strategy}
     with monkeypatch.context() as patch:
         patch.setattr("cersa_diffusion.classification.run.save_classifier", full_disk)
-        with pytest.raises(CersaError, match="--resume_from_checkpoint latest"):
+        with raises(CersaError, str(tmp_path / "run" / "result"), "--resume_from_checkpoint latest"):
             run(model_path("bert"), text_data(text_files), tmp_path / "run", **options)
     assert not (tmp_path / "run" / "metrics.json").exists() and not list((tmp_path / "run").glob("result/*"))
     finished = run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", **options)
@@ -157,7 +157,7 @@ def test_a_finished_run_resumed_keeps_its_figures(model_path, text_files, tmp_pa
 
 @pytest.mark.parametrize("method", ["lora", "full", "cersa"])
 def test_a_loss_that_is_lost_ends_the_run(method, model_path, text_files, tmp_path):
-    with pytest.raises(NonFiniteError, match=r"lower learning_rate \(1e\+30\)"):
+    with raises(NonFiniteError, "learning_rate", "1e+30"):
         run(model_path("bert"), text_data(text_files), tmp_path / "run", method=method, learning_rate=1e30, max_grad_norm=0.0)
     assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run" / "result").exists()
 
@@ -209,21 +209,21 @@ def test_two_learning_rates(model_path, text_files, tmp_path):
 def test_folders_and_checkpoints_that_cannot_be_used_are_refused(model_path, text_files, tmp_path):
     own = {"method": "cersa", "max_steps": 2}
     run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)
-    with pytest.raises(ConfigError, match="holds a run already: add --resume_from_checkpoint latest"):
+    with raises(ConfigError, "output_dir", str(tmp_path / "run"), "--resume_from_checkpoint latest"):
         run(model_path("bert"), text_data(text_files), tmp_path / "run", **own)
-    with pytest.raises(ConfigError, match="was started with other settings of alpha"):
+    with raises(ConfigError, "resume_from_checkpoint", str(tmp_path / "run"), "alpha"):
         run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="latest", alpha=0.5, **own)
-    with pytest.raises(ConfigError, match="resume_from_checkpoint: /no/such is not a folder"):
+    with raises(ConfigError, "resume_from_checkpoint", "/no/such", "'latest'"):
         run(model_path("bert"), text_data(text_files), tmp_path / "run", resume_from_checkpoint="/no/such", **own)
-    with pytest.raises(CersaError, match="is no checkpoint of a classification run"):
+    with raises(CersaError, str(tmp_path), "checkpoint", "classification"):
         run(model_path("bert"), text_data(text_files), tmp_path / "other", resume_from_checkpoint=str(tmp_path), **own)
 
 
 def test_models_and_results_that_are_not_there_are_named(model_path, text_files, tmp_path):
-    with pytest.raises(ConfigError, match="model /no/such/model: no such folder, and not the form of a hub id"):
+    with raises(ConfigError, "/no/such/model", "owner/name"):
         run(Path("/no/such/model"), text_data(text_files), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"no text processor|cannot be loaded"):
+    with raises(ConfigError, "model", str(model_path("vit"))):
         run(model_path("vit"), text_data(text_files), tmp_path / "run")
-    with pytest.raises(ConfigError, match="no result of a classification run"):
+    with raises(ConfigError, str(tmp_path), "cersa_classifier.json"):
         load_classifier(tmp_path)
     assert not (tmp_path / "run").exists()

@@ -112,7 +112,7 @@ def test_two_text_encoders_are_one_and_two(adapted, tmp_path):
     cersa.export_lora(parts, tmp_path / "a.safetensors", rank=2, format="kohya")
     stems = {name.partition("_text_model")[0] for name in load_file(tmp_path / "a.safetensors")}
     assert stems == {"lora_te1", "lora_te2"}
-    with pytest.raises(ConfigError, match="no keys for 'transformer'"):
+    with raises(ConfigError, "format='kohya'", "'transformer'", "unet"):
         cersa.export_lora({"transformer": adapted.unet}, tmp_path / "b.safetensors", format="kohya")
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -135,22 +135,22 @@ def test_a_file_and_its_base(trained, tmp_path):
 def test_a_base_that_only_the_file_names_is_told_and_not_opened(trained, base_path, tmp_path):
     _, model = trained
     cersa.save_adapter(model, tmp_path / "adapter.safetensors", base_model={"name_or_path": str(base_path)})
-    with raises(ConfigError, "--base", base_path.name):
+    with raises(ConfigError, "adapter.safetensors", "--base", base_path.name):
         cersa.export_lora(tmp_path / "adapter.safetensors", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_what_cannot_be_exported(trained, tmp_path):
     base, model = trained
-    with pytest.raises(ConfigError, match="no active CERSA adapter"):
+    with raises(ConfigError, "active", "adapter"):
         cersa.export_lora(base, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match="rank is 0"):
+    with raises(ConfigError, "rank", "0"):
         cersa.export_lora(model, tmp_path / "a.safetensors", rank=0)
-    with pytest.raises(ConfigError, match="expected 'diffusers' or 'kohya'"):
+    with raises(ConfigError, "format", "'civitai'", "'diffusers'", "'kohya'"):
         cersa.export_lora(model, tmp_path / "a.safetensors", format="civitai")
     assert "not measured" in str(cersa.export_lora(model, tmp_path / "b.safetensors"))
     train(model, steps=1)
     model[2].cores["default"].D.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"model\.2"):
+    with raises(NonFiniteError, "model.2"):
         cersa.export_lora(model, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()

@@ -14,7 +14,7 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip, to_open_clip
 from cersa_diffusion.metrics.clipscore import HESSEL, clipscore_open_clip, clipscore_torchmetrics
 
-from ..conftest import raises
+from ..conftest import raises, warns
 
 
 @pytest.fixture(params=["torchmetrics", "open_clip"])
@@ -95,7 +95,7 @@ def test_long_prompts_are_cut_with_a_warning_that_counts_them(scored, pictures, 
     fitting = "a 3d emoji of a cat on a white background"
     words = fitting.split()
     long = " ".join((words * 5)[:40])
-    with pytest.warns(UserWarning, match=r"1 of 2 .*24.*a 3d emoji"):
+    with warns(UserWarning, "CLIP", "1 of 2", "24", fitting):
         scores = score(pictures[:2], [fitting, long], model)
     # What is left is the beginning, with the end-of-text token behind it.
     cut = next(text for n in range(40, 0, -1) if clip.count_tokens(text := " ".join((words * 5)[:n])) <= clip.context_length)

@@ -2,10 +2,9 @@
 
 import sys
 
-import pytest
 from packaging.version import Version
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, raises
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -23,7 +22,7 @@ def test_lowest_versions_are_the_lower_bounds_of_all_requirements():
 
 
 def test_a_requirement_without_a_lower_bound_is_named():
-    with pytest.raises(ValueError, match="numpy"):
+    with raises(ValueError, "pyproject.toml", "numpy<3"):
         lowest_versions({"name": "own", "dependencies": ["numpy<3"], "optional-dependencies": {}})
 
 

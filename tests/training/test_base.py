@@ -7,6 +7,7 @@ from cersa_diffusion.adapter_file import AdapterFile
 from cersa_diffusion.interop.base import base_pipeline
 from cersa_diffusion.training.base import load_base
 
+from ..conftest import raises
 from ..pipelines_small import pipeline
 
 
@@ -17,5 +18,5 @@ def test_a_pickled_base_is_refused(load, tmp_path):
     load(str(tmp_path / "base"))
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     small.unet.save_pretrained(tmp_path / "base" / "unet", safe_serialization=False)
-    with pytest.raises(ConfigError, match="pickles"):
+    with raises(ConfigError, str(tmp_path / "base"), "safetensors", "pickles"):
         load(str(tmp_path / "base"))

@@ -12,7 +12,7 @@ from cersa_diffusion import ConfigError
 from cersa_diffusion.training.captions import caption_summary, class_examples, read_examples
 from cersa_diffusion.training.config import DreamBoothConfig
 
-from ..conftest import raises
+from ..conftest import raises, warns
 
 NAMES = ("a.png", "b.jpg", "c.png")
 
@@ -69,7 +69,7 @@ def test_metadata_without_captions_is_fine_unless_a_column_was_named(folder):
 
 def test_rows_of_pictures_that_are_not_there_are_named(folder):
     write_metadata(folder, [{"file_name": name, "text": "x"} for name in ("a.png", "gone.png", "more/b.jpg")])
-    with pytest.warns(UserWarning, match=r"metadata\.jsonl.*gone\.png.*more/b\.jpg"):
+    with warns(UserWarning, "metadata.jsonl", "gone.png", "more/b.jpg"):
         assert prompts(folder)["a.png"] == "x"
 
 
@@ -197,7 +197,7 @@ class TestDataSets:
     def test_rows_without_a_usable_picture_are_skipped(self, parquet):
         broken = {"bytes": b"\x89PNG", "path": None}
         name = parquet(image=[picture(0), picture(1, (1, 1)), broken, None, picture(2)], text=["a", "b", "c", "d", "e"])
-        with pytest.warns(UserWarning, match=r"row 1 .*1x1.*row 2 .*row 3 "):
+        with warns(UserWarning, "dataset_name", "row 1", "1x1", "row 2", "row 3"):
             examples = read_examples(settings(dataset_name=name))
         assert [example.prompt for example in examples] == ["a", "e"]
         assert np.array_equal(np.asarray(examples[1].load()), np.asarray(picture(2)))

@@ -13,6 +13,8 @@ from cersa_diffusion import CersaError, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
 from cersa_diffusion.training.checkpoints import TrainingState, damage, list_checkpoints, save_checkpoint
 
+from ..conftest import raises, warns
+
 
 @pytest.fixture
 def settings(small_settings) -> dict:
@@ -42,8 +44,17 @@ def spoil(folder: Path, way: str) -> None:
         (folder / "progress.json").write_text("{")
 
 
-@pytest.mark.parametrize("way", ["a byte", "cut short", "missing", "no progress", "half progress"])
-def test_latest_skips_a_damaged_one_with_a_warning_and_ends_in_the_same_weights(finished, settings, tmp_path, way):
+@pytest.mark.parametrize(
+    ("way", "file"),
+    [
+        ("a byte", "optimizer.bin"),
+        ("cut short", "trained_weights.safetensors"),
+        ("missing", "scheduler.bin"),
+        ("no progress", "progress.json"),
+        ("half progress", "progress.json"),
+    ],
+)
+def test_latest_skips_a_damaged_one_with_a_warning_and_ends_in_the_same_weights(finished, settings, tmp_path, way, file):
     wanted = load_file(finished.weights_path)
     output = Path(finished.output_dir)
     (output / "result.json").unlink()
@@ -52,12 +63,12 @@ def test_latest_skips_a_damaged_one_with_a_warning_and_ends_in_the_same_weights(
     assert damage(output / "checkpoint-4") and damage(output / "checkpoint-2") is None
     # Nothing is deleted that could be gone on from, although the damaged ones have higher numbers.
     settings |= {"max_train_steps": 6, "checkpoints_total_limit": 1}
-    with pytest.warns(UserWarning, match="checkpoint-4 is skipped"):
+    with warns(UserWarning, "checkpoint-4", file):
         resumed = train_dreambooth(DreamBoothConfig(**settings, resume_from_checkpoint="latest"), [])
     assert [step for step, folder in list_checkpoints(output) if damage(folder) is None] == [6]
     again = load_file(resumed.weights_path)
     assert all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
-    with pytest.raises(ConfigError, match="no checkpoint folder"):
+    with raises(ConfigError, "resume_from_checkpoint", "checkpoint-1", "progress.json"):
         (output / "checkpoint-1").mkdir()
         train_dreambooth(DreamBoothConfig(**settings | {"max_train_steps": 8}, resume_from_checkpoint="checkpoint-1"), [])
 
@@ -80,7 +91,7 @@ def test_what_a_killed_run_left_is_removed_and_not_taken_for_a_checkpoint(settin
 def test_a_full_disk_is_refused_before_the_first_step(settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 100, 1000))
-    with pytest.raises(ConfigError, match="0 MiB free, a checkpoint and the result need"):
+    with raises(ConfigError, "output_dir", settings["output_dir"], "0 MiB"):
         train_dreambooth(DreamBoothConfig(**settings), [])
     assert not Path(settings["output_dir"]).exists()
 
@@ -90,7 +101,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(finished):
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     # A file where the folder must go: as good as a disk that takes nothing more, and works as root too.
     (output / ".checkpoint-8.tmp").write_text("in the way")
-    with pytest.raises(CersaError, match=r"checkpoint-8: cannot be written .*earlier checkpoints are untouched"):
+    with raises(CersaError, str(output / "checkpoint-8"), ".checkpoint-8.tmp", "--resume_from_checkpoint latest"):
         save_checkpoint(TrainingState(Accelerator(), {}), output, 8, limit=1)
     assert all(path.read_bytes() == content for path, content in before.items())
 

@@ -22,6 +22,8 @@ from cersa_diffusion.training import checkpoints as checkpoints_module
 from cersa_diffusion.training.checkpoints import damage, list_checkpoints
 from cersa_diffusion.training.loss import DreamBoothLoss
 
+from ..conftest import raises, warns
+
 FULL = OSError(28, "No space left on device")
 STEPS = 3
 
@@ -124,7 +126,7 @@ def test_each_write_may_fail_once(config, wanted, monkeypatch, tmp_path, stride)
 
 def test_the_result_that_cannot_be_written_is_made_up_for(config, wanted, monkeypatch):
     monkeypatch.setattr("cersa_diffusion.training.methods.save_adapter", _raise(FULL))
-    with pytest.raises(CersaError, match="--resume_from_checkpoint latest"):
+    with raises(CersaError, config.output_dir, "result", "--resume_from_checkpoint latest"):
         train_dreambooth(config, [])
     assert [step for step, folder in list_checkpoints(Path(config.output_dir)) if damage(folder) is None] == [STEPS]
     assert not list(Path(config.output_dir).glob("*.safetensors"))
@@ -148,7 +150,7 @@ def test_a_checkpoint_on_the_way_that_cannot_be_written_costs_a_warning(config, 
         save(tensors, path)
 
     monkeypatch.setattr(checkpoints_module, "save_file", save_once)
-    with pytest.warns(UserWarning, match="checkpoint-1: cannot be written"):
+    with warns(UserWarning, "checkpoint-1", "--resume_from_checkpoint latest"):
         train_dreambooth(replace(config, checkpointing_steps=1), [])
     assert [step for step, _ in list_checkpoints(Path(config.output_dir))] == [2, 3]
     assert same(resumed(config), wanted)
@@ -170,11 +172,13 @@ def test_a_full_disk_keeps_the_last_step_elsewhere(config, wanted, monkeypatch, 
 
     run = replace(config, output_dir=str(disk / "run"))
     try:
-        with pytest.warns(UserWarning, match="cersa-run-"), pytest.raises(CersaError, match="result cannot be written"):
+        last = str(disk / "run" / f"checkpoint-{STEPS}")
+        with warns(UserWarning, last, "--resume_from_checkpoint latest") as said, raises(CersaError, run.output_dir, "result"):
             train_dreambooth(run, [AtStep(STEPS, fill)])
         assert not list((disk / "run").glob("*.safetensors"))
         (disk / "filler").unlink()
         (kept,) = tmp_path.glob("cersa-run-*/checkpoint-*")
+        assert any(f"--resume_from_checkpoint {kept}" in str(warning.message) for warning in said)
         train_dreambooth(replace(run, resume_from_checkpoint=str(kept)), [])
         assert same(resumed(run), wanted)
     finally:
@@ -186,7 +190,7 @@ def test_what_comes_after_the_result_fails_alone_and_is_made_up_for(config, want
     config = replace(config, validation_prompt="a sks cat", num_validation_images=1, validation_inference_steps=1)
     name = {"pictures": "_draw", "card": "write_model_card"}[failing]
     monkeypatch.setattr(finish, name, _raise(FULL))
-    with pytest.warns(UserWarning, match=failing[-4:]):
+    with warns(UserWarning, failing, "pytorch_cersa_weights.safetensors", "--resume_from_checkpoint latest"):
         result = train_dreambooth(config, [])
     output = Path(config.output_dir)
     assert same(load_file(result.weights_path), wanted)
@@ -209,7 +213,7 @@ def test_previews_that_cannot_be_written_cost_a_warning(config, wanted, monkeypa
         save(pictures, folder)
 
     monkeypatch.setattr(previews, "save", save_result_only)
-    with pytest.warns(UserWarning, match="previews of step 0"):
+    with warns(UserWarning, "previews", "step 0"):
         train_dreambooth(config, [])
     assert same(resumed(config), wanted)
 
@@ -228,7 +232,7 @@ def test_nan_stops_with_the_last_good_state(config, tmp_path, monkeypatch, momen
         return (errors * float("nan") if trains else errors), timesteps
 
     monkeypatch.setattr(DreamBoothLoss, "squared_errors", lost)
-    with pytest.raises(NonFiniteError, match=rf"step {step}.*checkpoint-{step - 1}"):
+    with raises(NonFiniteError, f"step {step}", "learning_rate", f"checkpoint-{step - 1}"):
         train_dreambooth(config, [])
     kept, expected = (
         load_file(Path(output) / f"checkpoint-{step - 1}" / "trained_weights.safetensors")
@@ -256,7 +260,7 @@ def test_weights_that_an_update_destroys_replace_no_good_checkpoint(config):
 
     original, dreambooth.DreamBoothRun = dreambooth.DreamBoothRun, Watched
     try:
-        with pytest.raises(NonFiniteError, match="checkpoint-1"):
+        with raises(NonFiniteError, "unet.time_embedding.linear_1.cores.default.D", "learning_rate", "checkpoint-1"):
             train_dreambooth(replace(config, checkpointing_steps=1), [destroyer])
     finally:
         dreambooth.DreamBoothRun = original

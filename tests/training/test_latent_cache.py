@@ -16,7 +16,7 @@ from cersa_diffusion.training.data import DreamBoothDataset, collate, fixed_view
 from cersa_diffusion.training.latent_cache import cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
 
-from ..conftest import raises
+from ..conftest import raises, warns
 from ..pipelines_small import SIZE, pipeline
 
 PROMPTS = ["a sks cat", "a cat", "a mat"]
@@ -133,7 +133,7 @@ def test_damaged_files_are_computed_again(examples, counted, cache_folder, damag
     content = victim.read_bytes()
     changed = content[:-3] + bytes(byte ^ 1 for byte in content[-3:])
     victim.write_bytes({"cut": content[:-9], "other bytes": changed, "foreign": b"hello", "empty": b""}[damage])
-    with pytest.warns(UserWarning, match=victim.name):
+    with warns(UserWarning, victim.name):
         again = cache_latents(examples, [], config, counted, show_progress=False)
     assert same(again, first) and len(counted.calls) == 7
     assert victim.read_bytes() == content
@@ -171,7 +171,7 @@ def test_a_name_does_not_matter_and_a_caption_does_not(examples, counted, tmp_pa
 def test_without_a_cache_folder_a_warning_says_so(examples, counted, monkeypatch):
     monkeypatch.setenv("CERSA_CACHE", "off")
     config = settings(cache_latents=True, cache_to_disk=True)
-    with pytest.warns(UserWarning, match=r"cache_to_disk.*CERSA_CACHE"):
+    with warns(UserWarning, "cache_to_disk", "CERSA_CACHE"):
         assert len(cache_latents(examples, [], config, counted, show_progress=False)) == 6
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from cersa_diffusion import ConfigError
 from cersa_diffusion.training.pictures import load_picture, picture_paths, picture_size
 
-from ..conftest import raises
+from ..conftest import raises, warns
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
 RAMP = np.linspace(0, 65535, 20 * 31).reshape(20, 31).astype(np.uint16)
@@ -107,7 +107,7 @@ def test_empty_and_missing_folders(tmp_path):
     with raises(ConfigError, "nowhere"):
         picture_paths(tmp_path / "nowhere", "instance_data_dir")
     (tmp_path / "only.png").write_text("x")
-    with pytest.warns(UserWarning, match="only.png"), raises(ConfigError, "instance_data_dir"):
+    with warns(UserWarning, "only.png"), raises(ConfigError, "instance_data_dir"):
         picture_paths(tmp_path, "instance_data_dir")
 
 

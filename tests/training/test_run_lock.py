@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training.run_lock import LOCK_FILE, run_lock, training_process
+
+from ..conftest import raises
 
 HOLDER = """
 import sys, time
@@ -32,7 +33,7 @@ def holder(tmp_path):
 
 def test_another_process_is_named_and_kept_out(holder, tmp_path):
     assert training_process(tmp_path / "run") == f"process {holder.pid}"
-    with pytest.raises(ConfigError, match=f"run .*process {holder.pid}"), run_lock(tmp_path / "run"):
+    with raises(ConfigError, "output_dir", str(tmp_path / "run"), f"process {holder.pid}"), run_lock(tmp_path / "run"):
         pass
     assert training_process(tmp_path / "run") == f"process {holder.pid}"
 
@@ -47,7 +48,7 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
 
 
 def test_a_second_training_of_the_same_process_is_kept_out(tmp_path):
-    with run_lock(tmp_path), pytest.raises(ConfigError, match=str(os.getpid())), run_lock(tmp_path):
+    with run_lock(tmp_path), raises(ConfigError, "output_dir", f"process {os.getpid()}"), run_lock(tmp_path):
         pass
 
 
@@ -65,5 +66,5 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "below"):
-        with pytest.raises(ConfigError, match=str(Path(folder).name)), run_lock(folder):
+        with raises(ConfigError, "output_dir", str(folder)), run_lock(folder):
             pass
