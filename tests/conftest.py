@@ -22,7 +22,7 @@ from cersa_diffusion import cache
 from cersa_diffusion.functional import Decomposition
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Where the tests of layers, models, adapters and pipelines compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU.
+# Where the tests compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU (docs/compatibility.md says what came of it).
 DEVICE = torch.device(os.environ.get("CERSA_TEST_DEVICE", "cpu"))
 if DEVICE.type == "cpu":
     # Trainers would take a GPU that is there; command lines inherit this.

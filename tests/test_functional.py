@@ -31,7 +31,7 @@ def test_rank_is_the_smallest_that_reaches_the_share_on_200_spectra():
 
 
 def test_rank_counts_a_share_that_is_hit_exactly():
-    energies = torch.tensor([7.0, 2.0, 1.0], device=DEVICE)  # .7, .9 and 1.0 of 10
+    energies = torch.tensor([7.0, 2.0, 1.0], device=DEVICE)  # 0.7, 0.9 and 1.0 of 10
     for share, expected in ((0.7, 1), (0.7000001, 2), (0.9, 2), (0.95, 3), (1.0, 3)):
         assert energy_rank(energies.double().sqrt().square().sqrt(), share) == expected
 

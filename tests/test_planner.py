@@ -86,7 +86,7 @@ def occupied(tensors) -> int:
 
 def measured(model: nn.Module, optimizer: str, dtype: torch.dtype = torch.float32) -> MemoryUse:
     """What the tensors of a prepared model occupy after a step, all but activations."""
-    trained = cersa.trainable_parameters(model)
+    trained = cersa.trainable_parameters(model.to(DEVICE))
     steps = REAL_OPTIMIZERS[optimizer](trained, lr=1e-3)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(randn(4, 48)).float().square().mean().backward()
