@@ -132,12 +132,22 @@ def test_ctrl_c_leaves_whole_entries_and_the_model_as_it_was(cache):
     assert all(cache.read(path.stem) is not None for path in entries)
 
 
-def injected(seed: int) -> dict:
-    """Injects a network, and says which layers (by shape) this process decomposed and what came out."""
+def injected(seed: int, before_first=lambda: None) -> dict:
+    """Injects a network, and says which layers (by shape) this process decomposed and what came out.
+
+    `before_first` is called once, when this process is about to decompose its first layer.
+    """
     import cersa_diffusion.cache as cache_module
 
-    solve, solved = cache_module.decompose, []
-    cache_module.decompose = lambda weight: solved.append(list(weight.shape)) or solve(weight)
+    decompose, solved = cache_module.decompose, []
+
+    def recorded(weight):
+        solved.append(list(weight.shape))
+        if len(solved) == 1:
+            before_first()
+        return decompose(weight)
+
+    cache_module.decompose = recorded
     model = network(seed)
     if seed == 3:
         model[3] = nn.Linear(4, 4, dtype=torch.float64, device=DEVICE)
@@ -147,14 +157,22 @@ def injected(seed: int) -> dict:
     except CersaError as error:
         return {"error": str(error)}
     finally:
-        cache_module.decompose = solve
+        cache_module.decompose = decompose
     return {"solved": solved, "buffers": {name: buffer.tolist() for name, buffer in model.named_buffers()}}
 
 
 def one_rank(rank: int, folder: str) -> None:
     os.environ["CERSA_CACHE"] = f"{folder}/cache"
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {"shared": injected(1)}
+
+    def both_have_begun():
+        # On a busy machine one process would otherwise finish all of these small layers before the other starts.
+        open(f"{folder}/begun-{rank}", "w").close()
+        deadline = time.monotonic() + 120
+        while not os.path.exists(f"{folder}/begun-{1 - rank}") and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    found = {"shared": injected(1, both_have_begun)}
     distributed.barrier()
     found["unsolvable"] = injected(3)
     distributed.barrier()
