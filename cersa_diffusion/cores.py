@@ -51,7 +51,9 @@ class Core(KeepsFloat32):
 
     def forward(self) -> Tensor:
         """`compact`, as a call of the module: that is where offloading hooks bring its parameters to the device."""
-        return self.compact()
+        values = self.compact()
+        # A hook that puts the parameter away again, before it is used, leaves a view of it where it was.
+        return values.view_as(values)
 
     def dense(self) -> Tensor:
         """The change as an (r, r) matrix, float32."""

@@ -27,6 +27,11 @@ DEVICE = torch.device(os.environ.get("CERSA_TEST_DEVICE", "cpu"))
 if DEVICE.type == "cpu":
     # Trainers would take a GPU that is there; command lines inherit this.
     os.environ["ACCELERATE_USE_CPU"] = "true"
+else:
+    # The tests compare results bit for bit, or within what float32 rounds.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
 
 # On a busy or slow machine the time of an example says nothing about the code.
 hypothesis.settings.register_profile("tests", deadline=None)

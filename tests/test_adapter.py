@@ -19,7 +19,7 @@ from cersa_diffusion.functional import Decomposition, Pivots, decompose
 from cersa_diffusion.inject import cersa_layers
 
 from .adapter_files import damage
-from .conftest import raises, randn, train, warns
+from .conftest import DEVICE, raises, randn, train, warns
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_strength_scales_and_zero_is_the_truncated_base(adapter):
     cersa.load_adapter(half, path, strength=0.5, show_progress=False)
     cersa.load_adapter(none, path, strength=0.0, show_progress=False)
     torch.testing.assert_close(half[2].weight_change() * 2, model[2].weight_change(), rtol=0.02, atol=1e-4)
-    assert torch.equal(none[2].weight_change(), torch.zeros(64, 40, dtype=torch.float64))
+    assert torch.equal(none[2].weight_change(), torch.zeros(64, 40, dtype=torch.float64, device=DEVICE))
 
 
 def test_two_adapters_add_up_in_one_model(adapter):
@@ -211,7 +211,7 @@ def test_a_file_whose_pivots_are_those_of_a_pivoted_qr_loads_as_exactly(trained,
     """As earlier releases chose them."""
     base, model = trained
     for layer in cersa_layers(model).values():
-        orders = [scipy.linalg.qr(basis.double().numpy(), mode="r", pivoting=True)[1] for basis in (layer.U.T, layer.Vh)]
+        orders = [scipy.linalg.qr(basis.double().cpu().numpy(), mode="r", pivoting=True)[1] for basis in (layer.U.T, layer.Vh)]
         rows, columns = (torch.from_numpy(order[: layer.kept_rank]).long() for order in orders)
         assert not torch.equal(rows, layer.pivots(layer.kept_rank).rows)
         layer._pivots = {0: Pivots(rows, columns)}

@@ -77,9 +77,10 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def test_pipeline_loads_to_the_bits_of_an_injection_without_a_solver(base_path, compressed_base, no_solver):
-    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32).to(DEVICE)
+    dense = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32)
     for name, config in CONFIGS.items():
         cersa.inject_cersa(getattr(dense, name), config, show_progress=False)
+    dense.to(DEVICE)
     no_solver()
     pipe = cersa.load_compressed(compressed_base).to(DEVICE)
     assert type(pipe) is StableDiffusionPipeline and not pipe.unet.training
@@ -217,6 +218,7 @@ def test_shards_and_both_spellings_of_clip_keys(tmp_path, prefix):
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [DESCRIPTION, WEIGHTS, "config.json"]
     cersa.inject_cersa(dense, CersaConfig(alpha=0.9), show_progress=False)
     model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
+    dense.to(DEVICE)
     assert_same(dict(model.state_dict()), {name: t for name, t in dense.state_dict().items() if ".cores." not in name})
 
 
@@ -225,6 +227,7 @@ def test_layers_left_dense_stay_bit_for_bit(tmp_path):
     config = CersaConfig(alpha=0.9, target_modules=["fc1", "fc2"], unprofitable="skip")
     report = cersa.compress(tmp_path / "dense", tmp_path / "small", config=config, show_progress=False)
     model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
+    dense.to(DEVICE)
     assert set(cersa_layers(model)) == set(report.layers)
     kept = dict(model.named_parameters())
     assert all(torch.equal(kept[name], tensor) for name, tensor in dense.named_parameters() if name in kept)

@@ -232,6 +232,35 @@ def test_every_kind_of_core_stays_float32(kind):
     assert layer(randn(2, 30, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("kind", ["matrix", "diagonal", "sparse"])
+def test_a_core_may_be_put_away_as_soon_as_it_was_called(kind, strength):
+    """As diffusers' group offloading does with every module, leaf by leaf: a parameter is elsewhere before it is used."""
+    _, layer = make_layer()
+    layer.delete_core("default")
+    core = {"matrix": MatrixCore(4), "diagonal": DiagonalCore(4), "sparse": SparseCore(4, banded_places(4, 1))}[kind]
+    layer.add_core("default", core, strength)
+    x = randn(5, 30)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.fill_(0.3)
+        expected = layer(x)
+    parameters = {name: parameter.detach().clone() for name, parameter in core.named_parameters()}
+
+    def fetch(module, _):
+        for name, parameter in module.named_parameters():
+            parameter.data = parameters[name]
+
+    def put_away(module, *_):
+        for parameter in module.parameters():
+            parameter.data = torch.full_like(parameter, float("nan"))
+
+    core.register_forward_pre_hook(fetch)
+    core.register_forward_hook(put_away)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
 def test_torch_compile_has_no_graph_breaks():
     _, layer = make_layer()
     x = randn(4, 30)

@@ -99,8 +99,8 @@ def case(request, base_path, tmp_path_factory) -> SimpleNamespace:
 
 def by_scipy(driver: str) -> Callable:
     def decompose(weight):
-        factors = scipy.linalg.svd(weight.detach().double().numpy(), full_matrices=False, lapack_driver=driver)
-        return Decomposition(*(torch.from_numpy(factor.copy()) for factor in factors))
+        factors = scipy.linalg.svd(weight.detach().double().cpu().numpy(), full_matrices=False, lapack_driver=driver)
+        return Decomposition(*(torch.from_numpy(factor.copy()).to(weight.device) for factor in factors))
 
     return decompose
 
@@ -144,11 +144,12 @@ def flipped(factors: Decomposition) -> Decomposition:
 def turned(factors: Decomposition) -> Decomposition:
     """Every pair of neighbours turned against each other, as solvers do to values that are close."""
     rank = factors.U.shape[1]
-    turn = torch.eye(rank, device=DEVICE)
+    turn = torch.eye(rank)
     for first in range(0, rank - 1, 2):
         angle = torch.tensor(0.3 + first)
         pair = slice(first, first + 2)
         turn[pair, pair] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+    turn = turn.to(factors.U)
     return Decomposition(factors.U @ turn, factors.s, turn.T @ factors.Vh)
 
 

@@ -102,7 +102,6 @@ def _train(
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
-    base.to(accelerator.device)
     classes = _class_pictures(config, base, accelerator)
 
     run = DreamBoothRun(config, base, accelerator, instance, classes)
@@ -191,7 +190,7 @@ def _class_pictures(config: DreamBoothConfig, base: DiffusionPipeline, accelerat
         return []
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            sample_class_pictures(base, config)
+            sample_class_pictures(base.to(accelerator.device), config)
     return class_examples(picture_paths(config.class_data_dir, "class_data_dir"), config)
 
 

@@ -64,7 +64,7 @@ class DreamBoothRun:
         instance: list[Example],
         classes: Sequence[Example] = (),
     ):
-        self.config, self.base, self.accelerator = config, base, accelerator
+        self.config, self.base, self.accelerator = config, base.to(accelerator.device), accelerator
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)

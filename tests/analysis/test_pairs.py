@@ -19,7 +19,7 @@ from cersa_diffusion.analysis.similarity import (
     similarity_rows,
 )
 
-from ..conftest import raises
+from ..conftest import DEVICE, raises
 
 
 def psi(A: torch.Tensor, B: torch.Tensor) -> float:
@@ -99,7 +99,7 @@ def test_planted_intruders_are_found(network):
     with torch.no_grad():
         weight = model[2].weight  # 64 x 40: of 64 output dimensions 24 are free
         U = torch.linalg.svd(weight.double()).U
-        weight += 3 * torch.outer(U[:, 50], torch.nn.functional.normalize(torch.ones(40), dim=0).double()).float()
+        weight += 3 * torch.outer(U[:, 50], torch.nn.functional.normalize(torch.ones(40, device=DEVICE), dim=0).double()).float()
         model[4].weight.neg_()
     pairs = open_pair(network, model)
     rows = intruder_rows(pairs, (0.3, 0.6), leading=4, show_progress=False)

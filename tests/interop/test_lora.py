@@ -128,7 +128,7 @@ def test_a_file_and_its_base(trained, tmp_path):
     assert report.differences["model"].truncated < 1e-4 < report.differences["model"].original
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     tensors = load_file(tmp_path / "lora.safetensors")
-    change = tensors["model.0.lora_B.weight"] @ tensors["model.0.lora_A.weight"]
+    change = (tensors["model.0.lora_B.weight"] @ tensors["model.0.lora_A.weight"]).to(DEVICE)
     assert relative(change, model[0].weight_change()) < 1e-4
 
 

@@ -25,7 +25,7 @@ from cersa_diffusion.metrics.similarity import (
 )
 from cersa_diffusion.training.base import load_base
 
-from ..conftest import raises
+from ..conftest import DEVICE, raises
 
 
 def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_clip_picture_features_by_hand(clip, pictures):
         for values in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     )
     with torch.no_grad():
-        output = clip.model.vision_model(pixel_values=(pixels - mean) / std)
+        output = clip.model.vision_model(pixel_values=((pixels - mean) / std).to(DEVICE))
         expected = normalize(clip.model.visual_projection(output.pooler_output), dim=-1)
     torch.testing.assert_close(clip.embed_pictures(small, batch_size=2), expected, atol=1e-5, rtol=0)
 

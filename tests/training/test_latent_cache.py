@@ -16,7 +16,7 @@ from cersa_diffusion.training.data import DreamBoothDataset, collate, fixed_view
 from cersa_diffusion.training.latent_cache import cache_latents, cache_text_embeddings
 from cersa_diffusion.training.loss import DreamBoothLoss
 
-from ..conftest import raises, warns
+from ..conftest import DEVICE, raises, warns
 from ..pipelines_small import SIZE, pipeline
 
 PROMPTS = ["a sks cat", "a cat", "a mat"]
@@ -44,7 +44,7 @@ def settings(config_class=DreamBoothConfig, **changes) -> DreamBoothConfig:
 
 
 def losses(examples, config, base, batch_size, *, latents=None, embeddings=None) -> list[torch.Tensor]:
-    loss = DreamBoothLoss(config, base, torch.device("cpu"), embeddings)
+    loss = DreamBoothLoss(config, base, DEVICE, embeddings)
     data = DreamBoothDataset(examples, examples[:2], config, first=0, last=8, samples_per_step=batch_size, latents=latents)
     loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_cached_latents_train_as_pictures_do(examples, buckets):
 def test_one_picture_a_batch_is_the_same_bit_for_bit(examples):
     config, base = settings(center_crop=True, cache_latents=True), pipeline("sd2")
     latents = cache_latents(examples, [], config, base.vae, show_progress=False)
-    loss = DreamBoothLoss(config, base, torch.device("cpu"))
+    loss = DreamBoothLoss(config, base, DEVICE)
     options = {"first": 3, "last": 9, "samples_per_step": 1}
     for index in range(6):
         pictures, cached = (
@@ -82,8 +82,8 @@ def test_entries_are_the_posterior_of_the_vae(examples):
     assert set(latents) == set(fixed_views(examples, [], config)) and len(latents) == 6
     for view, (mean, std) in latents.items():
         with torch.no_grad():
-            posterior = vae.encode(view.pixels()[None]).latent_dist
-        assert torch.equal(mean, posterior.mean[0]) and torch.equal(std, posterior.std[0])
+            posterior = vae.encode(view.pixels()[None].to(DEVICE)).latent_dist
+        assert torch.equal(mean, posterior.mean[0].cpu()) and torch.equal(std, posterior.std[0].cpu())
         assert not mean.requires_grad
 
 

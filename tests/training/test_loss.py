@@ -8,6 +8,7 @@ from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.config import DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.loss import DreamBoothLoss
 
+from ..conftest import DEVICE
 from ..pipelines_small import pipeline
 
 GAMMA, PRIOR_WEIGHT = 2.0, 0.3
@@ -24,10 +25,10 @@ class Zero(nn.Module):
 
 
 def loss_of(settings: dict, folder, **changes) -> tuple[DreamBoothLoss, dict[str, nn.Module]]:
-    base = load_base(str(folder))
+    base = load_base(str(folder)).to(DEVICE)
     models = {"unet": base.unet.requires_grad_(False), "text_encoder": base.text_encoder}
     config = DreamBoothConfig(**settings | {"pretrained_model_name_or_path": str(folder)} | changes)
-    return DreamBoothLoss(config, base, torch.device("cpu")), models
+    return DreamBoothLoss(config, base, DEVICE), models
 
 
 def pictures(count: int) -> torch.Tensor:
@@ -119,7 +120,7 @@ def test_no_gradients_where_none_were_asked_for(small_base, small_settings):
 
 def test_sdxl_is_told_the_sizes_of_the_picture(small_settings):
     base = pipeline("sdxl")
-    loss = DreamBoothLoss(DreamBoothXLConfig(**small_settings), base, torch.device("cpu"))
+    loss = DreamBoothLoss(DreamBoothXLConfig(**small_settings), base, DEVICE)
     batch = batch_of(pictures(1), [4])
     cropped = batch | {"sizes": torch.tensor([[160, 320, 0, 64, 16, 16]])}
     with torch.no_grad():

@@ -14,6 +14,8 @@ from cersa_diffusion import cache
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
 
+from ..conftest import DEVICE
+
 STEPS = 4
 
 
@@ -54,9 +56,10 @@ def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcome
 
 def train_by_two(configs: list[DreamBoothConfig], flip: bool) -> dict[int, list[float] | str]:
     """Rank -> losses (of the first process) or error."""
-    # Imports everything once, for all the processes of these tests.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cersa_diffusion.training"])
+    # A fork server imports everything once for all the processes of these tests; CUDA cannot be used after a fork.
+    context = multiprocessing.get_context("forkserver" if DEVICE.type == "cpu" else "spawn")
+    if DEVICE.type == "cpu":
+        context.set_forkserver_preload(["cersa_diffusion.training"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
