@@ -38,7 +38,12 @@ DREAMBOOTH = {
     "cersa beta": {"method": "cersa", "alpha": 0.9, "beta": 0.7},
     "cersa array": {"method": "cersa", "core": "diagonal"},
     "cersa budget, bf16": {"method": "cersa", "memory_budget": "60MB", "mixed_precision": "bf16"},
-    "cersa, prior preservation": {"method": "cersa", "with_prior_preservation": True, "num_class_images": 4, "class_prompt": "a cat"},
+    "cersa, prior preservation": {
+        "method": "cersa",
+        "with_prior_preservation": True,
+        "num_class_images": 4,
+        "class_prompt": "a cat",
+    },
     "svfit": {"method": "svfit", "svfit_rank": 64},
     "svft": {"method": "svft", "off_diagonals": 2},
     "lora": {"method": "lora", "rank": 8},
@@ -191,7 +196,9 @@ def main() -> None:
     if arguments.compare:
         before = json.loads(arguments.compare.read_text())
         differing = [title for title in {**before, **found} if before.get(title) != found.get(title)]
-        print(f"{len(found)} runs, version {cersa.__version__}: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}")
+        print(
+            f"{len(found)} runs, version {cersa.__version__}: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}"
+        )
         sys.exit(bool(differing))
 
 

@@ -14,11 +14,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import delete_adapter_layers
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
-from cersa_diffusion.files import atomic_write
+from cersa_diffusion.files import atomic_write, safetensors_bytes
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 _SETTINGS = "lora_adapter_metadata"
@@ -60,7 +59,7 @@ def save_lora(path: Path, weights: Mapping[str, Mapping[str, Tensor]], settings:
     # peft keeps the names of the layers in a set.
     text = json.dumps(noted, indent=2, sort_keys=True, default=sorted)
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _SETTINGS: text})
+        temporary.write_bytes(safetensors_bytes(tensors, {"format": "pt", _SETTINGS: text}))
 
 
 def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str | None = None) -> None:

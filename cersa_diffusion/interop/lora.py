@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cersa_diffusion.adapter import components_of, load_adapter
 from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.files import atomic_write
+from cersa_diffusion.files import atomic_write, safetensors_bytes
 from cersa_diffusion.functional import float64
 from cersa_diffusion.inject import cersa_layers, restore_base
 from cersa_diffusion.interop.base import base_pipeline
@@ -153,7 +152,7 @@ def _export(source, components, path: Path, rank: int, format: Format, dtype, in
         inputs = captured_inputs(source, components, prompt)
     differences = output_differences(components, factors, inputs or {})
     keys = _diffusers_file(components, factors, rank) if format == "diffusers" else _kohya_file(components, factors, rank)
-    content = save({name: tensor.contiguous().cpu() for name, tensor in keys[0].items()}, metadata=keys[1])
+    content = safetensors_bytes(*keys)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
