@@ -25,7 +25,6 @@ import subprocess
 
 from accelerate.state import AcceleratorState
 
-import cersa_diffusion as cersa
 from cersa_diffusion.classification import ClassifierSettings, ImageData, RunArguments, train_classifier
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
 
@@ -196,9 +195,7 @@ def main() -> None:
     if arguments.compare:
         before = json.loads(arguments.compare.read_text())
         differing = [title for title in {**before, **found} if before.get(title) != found.get(title)]
-        print(
-            f"{len(found)} runs, version {cersa.__version__}: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}"
-        )
+        print(f"{len(found)} runs: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}")
         sys.exit(bool(differing))
 
 
