@@ -178,8 +178,8 @@ class CompareTab:
             event.then(None, self.json, None, js=TO_ADDRESS)
             event.failure(None, self.status, self.status, js=NO_LONGER_WAITING, **QUIET)
             events.append(event)
-        self.stop.click(None, cancels=events)
-        self.stop.click(None, self.status, self.status, js=STOPPED, **QUIET)
+        # Afterwards, so that no news of the drawing that was on its way replaces the word.
+        self.stop.click(None, cancels=events).then(None, self.status, self.status, js=STOPPED, **QUIET)
 
     def read_form(self, uploaded: dict[str, Run], *values) -> tuple[Comparison, list[Run | None]]:
         """The comparison that the form asks for, checked, and the runs of its columns.
