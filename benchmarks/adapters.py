@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import cersa_diffusion as cersa
-from cersa_diffusion.inject import cersa_layers
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.layers.model import cersa_layers
+from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
 
 # Of the LoRA beside it.
 LORA_RANK = 32

@@ -15,12 +15,12 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from cersa_diffusion import CersaConfig, inject_cersa
-from cersa_diffusion.budget import TargetLayer, allocate, survey, untouched_bytes
-from cersa_diffusion.comparison import markdown_table
 from cersa_diffusion.config import LayerRanks
-from cersa_diffusion.inject import match_targets
-from cersa_diffusion.memory import cersa_memory
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.layers.model import match_targets
+from cersa_diffusion.memory.budget import TargetLayer, allocate, survey, untouched_bytes
+from cersa_diffusion.memory.cost import cersa_memory
+from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.text import markdown_table
 
 BASE = Path(__file__).resolve().parents[1] / "assets" / "emoji-base"
 NAMES = ("fox", "grinning cat", "red apple", "rocket", "octopus", "umbrella", "tulip", "face with tears of joy")

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 
 import cersa_diffusion as cersa
-from cersa_diffusion.training.base import load_base
+from cersa_diffusion.pipelines.open import load_base
 
 
 def make_files(base: str, folder: Path, alpha: float) -> dict[str, Path]:

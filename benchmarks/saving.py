@@ -18,10 +18,10 @@ from adapters import LORA_RANK, injected, make_parser
 from diffusers.utils import logging
 
 import cersa_diffusion as cersa
-from cersa_diffusion.inject import cersa_layers
-from cersa_diffusion.lora_files import save_lora
-from cersa_diffusion.methods import LoraAdaptation
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.layers.model import cersa_layers
+from cersa_diffusion.methods.adaptations import LoraAdaptation
+from cersa_diffusion.methods.lora_files import save_lora
+from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
 
 
 def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) -> list[float]:

@@ -25,12 +25,12 @@ from torch import nn
 from whole_model import MIB, forget_peak, used
 
 from cersa_diffusion import CersaLinear, trainable_parameters
-from cersa_diffusion.cores import MatrixCore
 from cersa_diffusion.functional import Decomposition, energy_rank
+from cersa_diffusion.layers.core import MatrixCore
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig
-from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.captions import read_examples
-from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.data.captions import read_examples
+from cersa_diffusion.training.run.loop import DreamBoothRun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = ("cersa .8", "cersa .9", "cersa .95", "lora", "full")

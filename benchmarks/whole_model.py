@@ -32,9 +32,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from cersa_diffusion import CersaConfig, inject_cersa, trainable_parameters
-from cersa_diffusion.cache import DecompositionCache, leading_factors
-from cersa_diffusion.decomposition import LayerJob, decompose_layers
-from cersa_diffusion.tensor_file import TensorFileWriter, read_tensor
+from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor
+from cersa_diffusion.weights.cache import DecompositionCache, leading_factors
+from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 
 METHODS = ("cersa", "lora", "full")
 # Width and tokens of the UNet's transformer blocks.

@@ -6,8 +6,7 @@ models with CERSA layers write dense weights.
 
 from importlib.util import find_spec
 
-from cersa_diffusion.adapter import load_adapter, save_adapter
-from cersa_diffusion.composition import (
+from cersa_diffusion.adapters.compose import (
     active_adapters,
     adapter_names,
     add_adapter,
@@ -16,14 +15,17 @@ from cersa_diffusion.composition import (
     enable_adapters,
     set_adapters,
 )
-from cersa_diffusion.compress import CompressionReport, compress
-from cersa_diffusion.compressed import load_compressed
+from cersa_diffusion.adapters.fuse import fuse, unfuse
+from cersa_diffusion.adapters.load import load_adapter
+from cersa_diffusion.adapters.save import save_adapter
+from cersa_diffusion.compressed.folder import load_compressed
+from cersa_diffusion.compressed.write import CompressionReport, compress
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, CersaError, ConfigError, NonFiniteError
-from cersa_diffusion.fusing import fuse, unfuse
-from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base, trainable_parameters
-from cersa_diffusion.linear import CersaLinear
-from cersa_diffusion.planner import MemoryPlan, choose_ranks, plan_memory
+from cersa_diffusion.inject import InjectionReport, inject_cersa, merge, restore_base
+from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.model import trainable_parameters
+from cersa_diffusion.memory.plan import MemoryPlan, choose_ranks, plan_memory
 from cersa_diffusion.versions import check_versions
 
 # The core works without diffusers: other torch models, smaller installations.
@@ -36,8 +38,8 @@ if find_spec("diffusers"):
         raise
 
     from cersa_diffusion.interop.lora import LoraExport, export_lora  # noqa: F401 (without diffusers there is none)
-    from cersa_diffusion.pipelines import attach
-    from cersa_diffusion.saving import save_dense
+    from cersa_diffusion.pipelines.methods import attach
+    from cersa_diffusion.pipelines.saving import save_dense
 
     attach(DiffusionPipeline)
     save_dense(ModelMixin)

@@ -118,3 +118,19 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     # The format wants the tensors to begin at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def is_local(name: str) -> bool:
+    """Whether this is a path, and no id on the hub."""
+    return name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """An id on the hub as it is, of a path its last part."""
+    return Path(name).absolute().name if is_local(name) else name
+
+
+def public_sources(settings: dict) -> dict[str, str]:
+    """The settings that say what a model was loaded from ("name_or_path", "model_name_or_path", ...), with `public_name`."""
+    named = {key: value for key, value in settings.items() if key.endswith("name_or_path") and isinstance(value, str)}
+    return {key: public_name(value) for key, value in named.items() if value}

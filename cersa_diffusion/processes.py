@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cersa_diffusion.errors import CersaError
-from cersa_diffusion.inject import cersa_layers
+from cersa_diffusion.layers.model import cersa_layers
 
 
 def several() -> bool:

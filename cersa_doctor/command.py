@@ -14,7 +14,7 @@ def main() -> None:
         add_arguments(parser)
         sys.exit(run(parser.parse_args(sys.argv[2:])))
     # Imported here: it imports torch, transformers and diffusers, one of which may be broken.
-    from cersa_diffusion.cli import main as every_other_command
+    from cersa_diffusion.cli.command import main as every_other_command
 
     every_other_command()
 

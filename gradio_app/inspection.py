@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 
 from cersa_diffusion import CersaConfig, MemoryPlan, plan_memory
-from cersa_diffusion.budget import TargetLayer, survey
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.families import family_of
-from cersa_diffusion.inject import match_targets
-from cersa_diffusion.memory import cersa_memory
-from cersa_diffusion.plan_report import plot_plan
-from cersa_diffusion.training.base import default_targets
+from cersa_diffusion.layers.model import match_targets
+from cersa_diffusion.memory.budget import TargetLayer, survey
+from cersa_diffusion.memory.cost import cersa_memory
+from cersa_diffusion.memory.plot import plot_plan
+from cersa_diffusion.pipelines.families import family_of
+from cersa_diffusion.pipelines.open import default_targets
 
 # Figures are drawn to files, from threads that have no display.
 matplotlib.use("agg")

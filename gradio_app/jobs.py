@@ -14,9 +14,9 @@ from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig
-from cersa_diffusion.training.checkpoints import list_checkpoints
-from cersa_diffusion.training.result import RESULT_FILE
-from cersa_diffusion.training.run_lock import training_process
+from cersa_diffusion.training.checkpoints.folder import list_checkpoints
+from cersa_diffusion.training.run.lock import training_process
+from cersa_diffusion.training.run.result import RESULT_FILE
 from gradio_app.messages import Messages
 from gradio_app.worker import Ending, new_stop, run_training
 

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, DreamBoothXLConfig
-from cersa_diffusion.training.checkpoints import list_checkpoints
+from cersa_diffusion.training.checkpoints.folder import list_checkpoints
 from cersa_diffusion.training.methods import LORA_FILE_NAME, METHODS, CersaMethod, LoraMethod
-from cersa_diffusion.training.result import RESULT_FILE
-from cersa_diffusion.training.run_lock import training_process
-from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings
+from cersa_diffusion.training.run.lock import training_process
+from cersa_diffusion.training.run.result import RESULT_FILE
+from cersa_diffusion.training.settings.file import SETTINGS_FILE, read_settings
 
 PIPELINE_FILE = "model_index.json"
 # A runs folder, a folder of runs in it, a run.

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import load_result
-from cersa_diffusion.training.base import load_base
 from gradio_app.library import Base, Run
 
 

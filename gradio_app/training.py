@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.families import family_of
-from cersa_diffusion.tokens import pipeline_tokens
+from cersa_diffusion.pipelines.families import family_of
+from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConfig
-from cersa_diffusion.training.memory_report import memory_table, planned_memory
 from cersa_diffusion.training.methods import METHODS
+from cersa_diffusion.training.run.memory import memory_table, planned_memory
 from gradio_app.settings import Limits
 
 NO_PRESET = "none"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
+from cersa_diffusion.adapters.file import AdapterFile, read_adapter_file
 from cersa_diffusion.errors import AdapterFormatError, ConfigError
-from cersa_diffusion.training.pictures import load_picture, picture_fault
+from cersa_diffusion.pictures import load_picture, picture_fault
 from gradio_app.private_folder import check_free
 from gradio_app.settings import Limits
 

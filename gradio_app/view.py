@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from cersa_diffusion.comparison import picture_grid
+from cersa_diffusion.pipelines.draw import picture_grid
 from gradio_app.comparing import Comparison, Drawn
 
 # Shown no larger than this; downloads have all pixels.

@@ -11,10 +11,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from cersa_diffusion.comparing.compare import compare
-from cersa_diffusion.comparing.engines import ENGINES, find_engine
-from cersa_diffusion.comparing.study import read_study
 from cersa_diffusion.errors import CersaError
+from cersa_diffusion.study.definition import read_study
+from cersa_diffusion.study.engines import ENGINES, find_engine
+from cersa_diffusion.study.run import compare
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,14 +18,15 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from cersa_diffusion import CersaConfig, ConfigError, inject_cersa
-from cersa_diffusion.comparison import generate, markdown_table, picture_grid
 from cersa_diffusion.metrics.clip_models import TransformersClip
 from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
 from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_distance
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.pictures import load_picture
+from cersa_diffusion.pipelines.draw import generate, picture_grid
+from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.text import markdown_table
 from cersa_diffusion.training.methods import load_result
-from cersa_diffusion.training.pictures import load_picture
-from cersa_diffusion.training.result import RESULT_FILE
+from cersa_diffusion.training.run.result import RESULT_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"

@@ -18,7 +18,6 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import logging as transformers_logging
 
-from cersa_diffusion.comparison import generate
 from cersa_diffusion.errors import CersaError, ConfigError
 from cersa_diffusion.metrics.clipscore import BACKENDS, PERCENT
 from cersa_diffusion.metrics.drawing import draw, open_pipeline
@@ -26,6 +25,7 @@ from cersa_diffusion.metrics.encoders import DREAMBOOTH_ENCODER
 from cersa_diffusion.metrics.evaluation import Drift, Evaluation, Sample, Scorer
 from cersa_diffusion.metrics.inputs import read_picture_prompts, read_pictures, read_prompt_list
 from cersa_diffusion.metrics.prompts import PROMPT_LISTS, dreambooth_prompts, without_token
+from cersa_diffusion.pipelines.draw import generate
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED_CLIP, EMBEDDED_VIT = str(ASSETS / "emoji-clip"), str(ASSETS / "emoji-vit")

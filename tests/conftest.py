@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import cersa_diffusion as cersa
-from cersa_diffusion import cache
 from cersa_diffusion.functional import Decomposition
+from cersa_diffusion.weights import cache
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Where the tests compute: CERSA_TEST_DEVICE=cuda makes them the tests of a GPU (docs/compatibility.md says what came of it).

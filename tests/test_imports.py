@@ -29,4 +29,6 @@ for package in (cersa_diffusion, cersa_doctor):
 def test_no_module_needs_a_posix_system_to_be_imported():
     done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"cersa_diffusion.training.memory_report", "cersa_diffusion.cli", "cersa_doctor.report"} <= set(done.stdout.split())
+    assert {"cersa_diffusion.training.run.memory", "cersa_diffusion.cli.command", "cersa_doctor.report"} <= set(
+        done.stdout.split()
+    )

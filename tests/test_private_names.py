@@ -95,7 +95,8 @@ from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name == "diffusers" else find(name, *rest)
-import cersa_diffusion.private_names, cersa_diffusion.tokens, cersa_diffusion.offload, cersa_diffusion.compressed
+import cersa_diffusion.private_names, cersa_diffusion.memory.tokens, cersa_diffusion.compressed.folder
+import cersa_diffusion.pipelines.offload
 print(sorted({"diffusers", "transformers", "torchmetrics"} & set(sys.modules)))
 """
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cersa_diffusion.analysis.kinds import targets_by_component
 from cersa_diffusion.analysis.models import open_dense, read_json
 from cersa_diffusion.analysis.output import new_figure
-from cersa_diffusion.analysis.targets import targets_by_component
 from cersa_diffusion.classification import ClassifierSettings, ImageData, RunArguments, TextData, TrainReport, train_classifier
 from cersa_diffusion.classification.run import METRICS_FILE
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.memory import DenseLayer, cersa_memory
-from cersa_diffusion.planner import MemoryPlan, plan_memory
+from cersa_diffusion.memory.cost import DenseLayer, cersa_memory
+from cersa_diffusion.memory.plan import MemoryPlan, plan_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, DataCollatorWithPadding, default_data_collator
 
-from cersa_diffusion.analysis.functional import forgetting_rate
 from cersa_diffusion.analysis.models import RESULT_DESCRIPTION, open_model, read_json
 from cersa_diffusion.analysis.output import new_figure
+from cersa_diffusion.analysis.subspaces import forgetting_rate
 from cersa_diffusion.classification.data import LABELS, Splits
 from cersa_diffusion.classification.images import load_images, with_pixels
 from cersa_diffusion.classification.model import KINDS, load_base

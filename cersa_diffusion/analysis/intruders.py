@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from cersa_diffusion.analysis.functional import best_cosines, resolved_rank
+from cersa_diffusion.analysis.kinds import paper_kind
 from cersa_diffusion.analysis.models import LayerPair
 from cersa_diffusion.analysis.output import new_figure
-from cersa_diffusion.analysis.targets import paper_kind
+from cersa_diffusion.analysis.subspaces import best_cosines, resolved_rank
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import decompose
 

@@ -9,13 +9,12 @@ from torch import nn
 
 from cersa_diffusion.analysis.output import new_figure
 from cersa_diffusion.analysis.spectra import check_alphas
-from cersa_diffusion.baselines import svfit_config, svft_config
-from cersa_diffusion.budget import dense_layers, untouched_bytes
-from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.config import CersaConfig, svfit_config, svft_config
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.inject import check_layers, match_targets
-from cersa_diffusion.memory import FLOAT32, OPTIMIZERS, MemoryUse, full_memory, lora_memory
-from cersa_diffusion.planner import plan_memory
+from cersa_diffusion.layers.model import check_layers, match_targets
+from cersa_diffusion.memory.budget import dense_layers, untouched_bytes
+from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, MemoryUse, full_memory, lora_memory
+from cersa_diffusion.memory.plan import plan_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from cersa_diffusion.adapter import load_adapter
-from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME, HEADER_ENTRY
-from cersa_diffusion.compressed import (
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME, HEADER_ENTRY
+from cersa_diffusion.adapters.load import load_adapter
+from cersa_diffusion.compressed.folder import (
     DESCRIPTION_NAME,
     PIPELINE_INDEX,
     find_class,
@@ -23,9 +23,10 @@ from cersa_diffusion.compressed import (
     model_class,
 )
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
-from cersa_diffusion.inject import merge, name_matches
-from cersa_diffusion.linear import CersaLinear
-from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora
+from cersa_diffusion.inject import merge
+from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.model import name_matches
+from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
 
 RESULT_DESCRIPTION = "cersa_classifier.json"
 PEFT_DESCRIPTION = "adapter_config.json"
@@ -68,8 +69,8 @@ def open_model(source: Source) -> Opened:
 
         return Opened({"model": _merged(load_classifier(folder)[0])})
     if (folder / PIPELINE_INDEX).is_file():
-        from cersa_diffusion.families import family_of
-        from cersa_diffusion.training.base import load_base
+        from cersa_diffusion.pipelines.families import family_of
+        from cersa_diffusion.pipelines.open import load_base
 
         pipeline = load_base(str(folder))
         names = ("unet", *family_of(type(pipeline).__name__).text_encoders)

@@ -80,7 +80,7 @@ def new_figure(width: float, height: float, title: str = "") -> "Figure":
 
 
 def text_of(rows: Sequence[Mapping[str, object]], formats: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of some columns, for `cersa_diffusion.plan_report.text_table`.
+    """Header and cells of some columns, for `cersa_diffusion.text.text_table`.
 
     Args:
         rows: of the same columns.

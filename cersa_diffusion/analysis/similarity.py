@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cersa_diffusion.analysis.functional import resolved_rank, similarity_grid
+from cersa_diffusion.analysis.kinds import paper_kind
 from cersa_diffusion.analysis.models import LayerPair
 from cersa_diffusion.analysis.output import new_figure
 from cersa_diffusion.analysis.spectra import check_alphas
-from cersa_diffusion.analysis.targets import paper_kind
+from cersa_diffusion.analysis.subspaces import resolved_rank, similarity_grid
 from cersa_diffusion.functional import Decomposition, decompose, energy_rank
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from cersa_diffusion.analysis.kinds import paper_kind, targets_by_component
 from cersa_diffusion.analysis.output import new_figure
-from cersa_diffusion.analysis.targets import paper_kind, targets_by_component
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank
-from cersa_diffusion.plan_report import PLOTTED_ALPHAS, compression_rate
-from cersa_diffusion.planner import MemoryPlan, plan_memory
+from cersa_diffusion.memory.plan import MemoryPlan, plan_memory
+from cersa_diffusion.memory.plot import PLOTTED_ALPHAS, compression_rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def layer_spectra(
 
     Args:
         components: the models by name, dense.
-        target_modules, default: as `cersa_diffusion.analysis.targets.targets_by_component`.
+        target_modules, default: as `cersa_diffusion.analysis.kinds.targets_by_component`.
         show_progress: show a bar with layer names.
 
     Raises:

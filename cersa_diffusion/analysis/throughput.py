@@ -11,8 +11,8 @@ from torch.utils.benchmark import Timer
 
 from cersa_diffusion.analysis.output import new_figure
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.inject import trainable_parameters
-from cersa_diffusion.methods import MethodSettings
+from cersa_diffusion.layers.model import trainable_parameters
+from cersa_diffusion.methods.settings import MethodSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from torchvision.transforms import v2 as transforms
 from cersa_diffusion.classification.data import LABELS, Splits, check_columns, hold_back, load_named, number_labels
 from cersa_diffusion.classification.settings import ImageData
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training.pictures import PICTURE_SUFFIXES, load_picture, picture_fault
+from cersa_diffusion.pictures import PICTURE_SUFFIXES, load_picture, picture_fault
 
 
 def load_images(settings: ImageData, seed: int) -> Splits:

@@ -20,8 +20,8 @@ from transformers.utils import logging
 from cersa_diffusion.classification.settings import ClassifierSettings
 from cersa_diffusion.classification.targets import check_outside_head, target_pattern
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.methods import Adaptation, CersaAdaptation
-from cersa_diffusion.planner import choose_ranks
+from cersa_diffusion.memory.plan import choose_ranks
+from cersa_diffusion.methods.adaptations import Adaptation, CersaAdaptation
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from cersa_diffusion.adapter import load_adapter, save_adapter
-from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
+from cersa_diffusion.adapters.load import load_adapter
+from cersa_diffusion.adapters.save import save_adapter
 from cersa_diffusion.classification.model import KINDS, Classifier, load_base
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.files import staged_folder
-from cersa_diffusion.methods import CERSA_METHODS, LORA_METHODS
+from cersa_diffusion.methods.settings import CERSA_METHODS, LORA_METHODS
 
 DESCRIPTION_FILE = "cersa_classifier.json"
 HEAD_FILE = "head.safetensors"

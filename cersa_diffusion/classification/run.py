@@ -16,16 +16,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cersa_diffusion.classification.data import Splits
 from cersa_diffusion.classification.images import load_images, with_pixels
-from cersa_diffusion.classification.metrics import METRICS
 from cersa_diffusion.classification.model import load_config, load_for_training, load_processor
 from cersa_diffusion.classification.result import save_classifier
+from cersa_diffusion.classification.scores import METRICS
 from cersa_diffusion.classification.settings import ClassifierSettings, ImageData, RunArguments, TextData
 from cersa_diffusion.classification.texts import load_texts, metric_name, text_columns, token_limit, with_tokens
 from cersa_diffusion.classification.trainer import ClassifierTrainer, is_complete
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
-from cersa_diffusion.files import atomic_write
+from cersa_diffusion.files import atomic_write, public_name, public_sources
 from cersa_diffusion.processes import share_bases
-from cersa_diffusion.public_names import public_name, public_sources
 from cersa_diffusion.versions import check_versions
 
 METRICS_FILE = "metrics.json"
@@ -40,9 +39,9 @@ class TrainReport:
 
     Attributes:
         data: what was learned.
-        method: a name in `cersa_diffusion.methods.METHOD_NAMES`.
+        method: a name in `cersa_diffusion.methods.settings.METHOD_NAMES`.
         model: the pre-trained model.
-        metric: key of `cersa_diffusion.classification.metrics.METRICS`.
+        metric: key of `cersa_diffusion.classification.scores.METRICS`.
         score: the metric over all examples to evaluate on (of MNLI: both parts).
         scores: the metric of each split.
         examples: how many examples each split has.

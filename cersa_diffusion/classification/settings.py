@@ -9,7 +9,7 @@ from transformers.utils import is_torch_xla_available
 
 from cersa_diffusion.classification.tasks import GLUE_TASKS
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.methods import MethodSettings
+from cersa_diffusion.methods.settings import MethodSettings
 
 
 def _option(default, text: str):

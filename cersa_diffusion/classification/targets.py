@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.inject import match_targets
+from cersa_diffusion.layers.model import match_targets
 
 _BERT = {
     "Q": r"attention\.self\.query",

@@ -9,7 +9,7 @@ class GlueTask(NamedTuple):
     Attributes:
         text: column of the sentences.
         pair: column of the second sentences, or None.
-        metric: key of `cersa_diffusion.classification.metrics.METRICS`.
+        metric: key of `cersa_diffusion.classification.scores.METRICS`.
         validation: splits to evaluate on.
     """
 

@@ -18,9 +18,9 @@ from cersa_diffusion.classification.model import Classifier
 from cersa_diffusion.classification.result import save_classifier
 from cersa_diffusion.errors import NonFiniteError
 from cersa_diffusion.files import atomic_write
-from cersa_diffusion.training.checkpoints import WEIGHTS_FILE, basis_digest, check_finite, load_weights, trained_weights
-from cersa_diffusion.training.portable_weights import save_portable
-from cersa_diffusion.training.rates import keep_rates
+from cersa_diffusion.training.checkpoints.folder import WEIGHTS_FILE, basis_digest, check_finite, load_weights, trained_weights
+from cersa_diffusion.training.checkpoints.portable import save_portable
+from cersa_diffusion.training.run.rates import keep_rates
 
 PROGRESS_FILE = "progress.json"
 

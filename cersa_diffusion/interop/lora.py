@@ -17,16 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cersa_diffusion.adapter import components_of, load_adapter
-from cersa_diffusion.adapter_file import AdapterFile, read_adapter_file
+from cersa_diffusion.adapters.file import AdapterFile, read_adapter_file
+from cersa_diffusion.adapters.load import load_adapter
 from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.files import atomic_write, safetensors_bytes
 from cersa_diffusion.functional import float64
-from cersa_diffusion.inject import cersa_layers, restore_base
-from cersa_diffusion.interop.base import base_pipeline
+from cersa_diffusion.inject import restore_base
 from cersa_diffusion.interop.lora_difference import OutputDifference, captured_inputs, output_differences
-from cersa_diffusion.linear import CersaLinear
-from cersa_diffusion.pipelines import pipeline_components
+from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.model import cersa_layers, components_of
+from cersa_diffusion.pipelines.methods import pipeline_components
+from cersa_diffusion.pipelines.open import base_pipeline
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 Format = Literal["diffusers", "kohya"]

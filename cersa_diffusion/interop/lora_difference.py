@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.functional import float64
-from cersa_diffusion.inject import as_linear, cersa_layers, replace_module
-from cersa_diffusion.linear import CersaLinear
+from cersa_diffusion.layers.kinds import as_linear
+from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.model import cersa_layers, replace_module
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from cersa_diffusion.comparison import generate
-from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora
+from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
 from cersa_diffusion.metrics.embedding import scoring_device
 from cersa_diffusion.metrics.evaluation import Sample
-from cersa_diffusion.training.base import load_base
+from cersa_diffusion.pipelines.draw import generate
+from cersa_diffusion.pipelines.open import load_base
 
 
 def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str | torch.device | None = None) -> DiffusionPipeline:

@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from cersa_diffusion.comparison import markdown_table
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.clip_models import ClipModel
 from cersa_diffusion.metrics.clipscore import BACKENDS, PERCENT
 from cersa_diffusion.metrics.embedding import PictureEncoder
 from cersa_diffusion.metrics.encoders import VisionEncoder
 from cersa_diffusion.metrics.similarity import Lpips, diversity, latent_distance, paired_distance, similarity_to_references
+from cersa_diffusion.text import markdown_table
 
 # Figures are rounded where they are written: the last bits depend on the number of threads.
 DIGITS = 5

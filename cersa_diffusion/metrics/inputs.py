@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training.pictures import PICTURE_SUFFIXES, load_picture, picture_fault
+from cersa_diffusion.pictures import PICTURE_SUFFIXES, load_picture, picture_fault
 
 FILE_COLUMN, PROMPT_COLUMNS = "file_name", ("prompt", "text")
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cersa_diffusion.memory import MemoryUse
+from cersa_diffusion.memory.cost import MemoryUse
 
 if TYPE_CHECKING:
-    from cersa_diffusion.training.config import DreamBoothConfig
-    from cersa_diffusion.training.result import TrainResult
+    from cersa_diffusion.training.run.result import TrainResult
+    from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 
 class TrainingStopped(Exception):

@@ -10,10 +10,10 @@ from transformers import HfArgumentParser
 
 from cersa_diffusion.errors import CersaError
 from cersa_diffusion.training.callbacks import TrainingStopped
-from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.dreambooth import train_dreambooth
-from cersa_diffusion.training.presets import PRESETS
-from cersa_diffusion.training.settings_file import read_settings
+from cersa_diffusion.training.settings.config import DreamBoothConfig
+from cersa_diffusion.training.settings.file import read_settings
+from cersa_diffusion.training.settings.presets import PRESETS
 
 Config = TypeVar("Config", bound=DreamBoothConfig)
 

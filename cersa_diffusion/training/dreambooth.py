@@ -14,20 +14,21 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training.base import load_base, sample_class_pictures
+from cersa_diffusion.pictures import picture_paths
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training.callbacks import ProgressBar, TrainingCallback
-from cersa_diffusion.training.captions import Example, class_examples, read_examples
-from cersa_diffusion.training.checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, remove_leftovers
-from cersa_diffusion.training.config import DreamBoothConfig
+from cersa_diffusion.training.checkpoints.folder import checkpoint_step, find_checkpoint, list_checkpoints, remove_leftovers
+from cersa_diffusion.training.data.captions import Example, class_examples, read_examples
+from cersa_diffusion.training.data.classes import sample_class_pictures
 from cersa_diffusion.training.finish import add_extras, missing_extras, save_result
-from cersa_diffusion.training.interrupt import StopRequest
-from cersa_diffusion.training.optimizers import check_optimizer
-from cersa_diffusion.training.pictures import picture_paths
-from cersa_diffusion.training.publish import Publication
-from cersa_diffusion.training.result import RESULT_FILE, TrainResult
-from cersa_diffusion.training.run import DreamBoothRun
-from cersa_diffusion.training.run_lock import run_lock
-from cersa_diffusion.training.settings_file import SETTINGS_FILE, read_settings, write_settings
+from cersa_diffusion.training.publish.upload import Publication
+from cersa_diffusion.training.run.interrupt import StopRequest
+from cersa_diffusion.training.run.lock import run_lock
+from cersa_diffusion.training.run.loop import DreamBoothRun
+from cersa_diffusion.training.run.optimizers import check_optimizer
+from cersa_diffusion.training.run.result import RESULT_FILE, TrainResult
+from cersa_diffusion.training.settings.config import DreamBoothConfig
+from cersa_diffusion.training.settings.file import SETTINGS_FILE, read_settings, write_settings
 from cersa_diffusion.versions import check_versions
 
 

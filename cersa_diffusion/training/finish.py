@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from cersa_diffusion.errors import CersaError
-from cersa_diffusion.training import previews
 from cersa_diffusion.training.callbacks import TrainingCallback
-from cersa_diffusion.training.config import DreamBoothConfig
 from cersa_diffusion.training.methods import load_result
-from cersa_diffusion.training.publish import CARD_FILE, Publication, write_model_card
-from cersa_diffusion.training.result import TrainResult
-from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.publish.upload import CARD_FILE, Publication, write_model_card
+from cersa_diffusion.training.run import previews
+from cersa_diffusion.training.run.loop import DreamBoothRun
+from cersa_diffusion.training.run.result import TrainResult
+from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 PICTURES_FOLDER = "validation"
 MAKE_UP = "--resume_from_checkpoint latest makes up for it"

@@ -7,17 +7,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cersa_diffusion.adapter import save_adapter
-from cersa_diffusion.adapter_file import DEFAULT_FILE_NAME
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
+from cersa_diffusion.adapters.save import save_adapter
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.inject import InjectionReport
-from cersa_diffusion.lora_files import LORA_FILE_NAME, load_lora, save_lora
-from cersa_diffusion.methods import LORA_FAMILY, Adaptation, CersaAdaptation, FullAdaptation, LoraAdaptation
-from cersa_diffusion.pipelines import load_cersa_weights
-from cersa_diffusion.planner import choose_ranks
-from cersa_diffusion.training.base import default_targets, load_base
-from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.optimizers import optimizer_name
+from cersa_diffusion.memory.plan import choose_ranks
+from cersa_diffusion.methods.adaptations import LORA_FAMILY, Adaptation, CersaAdaptation, FullAdaptation, LoraAdaptation
+from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora, save_lora
+from cersa_diffusion.pipelines.methods import load_cersa_weights
+from cersa_diffusion.pipelines.open import default_targets, load_base
+from cersa_diffusion.training.run.optimizers import optimizer_name
+from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}"{options})'
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from cersa_diffusion.adapter_report import describe_adapter
+from cersa_diffusion.adapters.report import describe_adapter
 from gradio_app import uploads
 from gradio_app.inspection import draw_memory, draw_ranks, draw_spectra, memory_by_alpha, plan_of, surveyed
 from gradio_app.state import App

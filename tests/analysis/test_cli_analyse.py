@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel
 
-from cersa_diffusion.cli import main
+from cersa_diffusion.cli.command import main
 
 from ..conftest import raises
 

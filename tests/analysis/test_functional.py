@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cersa_diffusion import ConfigError, NonFiniteError
-from cersa_diffusion.analysis.functional import (
+from cersa_diffusion.analysis.subspaces import (
     best_cosines,
     forgetting_rate,
     intruder_dimensions,

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from cersa_diffusion import CersaConfig, ConfigError, plan_memory, trainable_parameters
+from cersa_diffusion.analysis.kinds import targets_by_component
 from cersa_diffusion.analysis.memory_table import TableSettings, draw_memory, in_columns_of_the_paper, memory_rows
 from cersa_diffusion.analysis.models import open_model
-from cersa_diffusion.analysis.targets import targets_by_component
 from cersa_diffusion.analysis.throughput import random_inputs
-from cersa_diffusion.methods import FullAdaptation, MethodSettings
+from cersa_diffusion.methods.adaptations import FullAdaptation
+from cersa_diffusion.methods.settings import MethodSettings
 
 from ..conftest import raises
 

@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from cersa_diffusion import CersaConfig, ConfigError, plan_memory
-from cersa_diffusion.analysis.ablations import (
-    draw_ablations,
-    run_ablations,
-    summary_rows,
-    uniform_rank,
-    variants,
-)
+from cersa_diffusion.analysis.ablations import draw_ablations, run_ablations, summary_rows, uniform_rank, variants
 from cersa_diffusion.analysis.forgetting import draw_forgetting, forgetting_rows, method_rows, rate_rows, read_run
 from cersa_diffusion.classification import ClassifierSettings, ImageData, RunArguments, TextData, train_classifier
 

@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from cersa_diffusion import ConfigError, NonFiniteError
+from cersa_diffusion.analysis.kinds import paper_kind
 from cersa_diffusion.analysis.models import open_model
-from cersa_diffusion.analysis.spectra import (
-    compression_rows,
-    draw_compression,
-    draw_ranks,
-    layer_spectra,
-    rank_rows,
-)
-from cersa_diffusion.analysis.targets import paper_kind
+from cersa_diffusion.analysis.spectra import compression_rows, draw_compression, draw_ranks, layer_spectra, rank_rows
 
 from ..conftest import raises
 

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from cersa_diffusion import ConfigError
+from cersa_diffusion.analysis.kinds import targets_by_component
 from cersa_diffusion.analysis.models import open_model
-from cersa_diffusion.analysis.targets import targets_by_component
 from cersa_diffusion.analysis.throughput import default_methods, draw_throughput, random_inputs, throughput_rows
 
 from ..conftest import raises

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import load_result
-from cersa_diffusion.training.base import load_base
 from gradio_app.comparing import SCHEDULERS, SWEEP, UNTOUCHED, Comparison, Scorer, draw, draw_sweep, parse_seeds
 from gradio_app.settings import Limits
 from gradio_app.view import comparison_table, grid_picture, headings_of
@@ -149,7 +149,7 @@ def test_the_score_leaves_the_subject_word_out(clip_path, subject_path):
     pytest.importorskip("torchmetrics")
     from cersa_diffusion.metrics.clip_models import TransformersClip
     from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
-    from cersa_diffusion.training.pictures import load_picture
+    from cersa_diffusion.pictures import load_picture
 
     picture = load_picture(next(iter(sorted((subject_path / "instance").glob("*.png")))))
     expected = clipscore_torchmetrics([picture], ["a 3d emoji of a cat"], TransformersClip(clip_path, "cpu"))[0]

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
-from cersa_diffusion.training.run_lock import training_process
+from cersa_diffusion.training.run.lock import training_process
 from gradio_app.jobs import JobQueue, new_name
 from gradio_app.library import Library
 from gradio_app.messages import Messages

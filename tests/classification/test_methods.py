@@ -26,7 +26,7 @@ from cersa_diffusion.classification.model import load_config, load_for_training,
 from cersa_diffusion.classification.result import load_head, save_classifier
 from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.classification.trainer import ClassifierTrainer
-from cersa_diffusion.inject import match_targets
+from cersa_diffusion.layers.model import match_targets
 
 from ..conftest import DEVICE, raises
 

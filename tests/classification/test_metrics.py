@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.classification.metrics import METRICS
 from cersa_diffusion.classification.presets import preset, preset_names
+from cersa_diffusion.classification.scores import METRICS
 from cersa_diffusion.classification.tasks import GLUE_TASKS
 
 from ..conftest import raises

@@ -18,7 +18,7 @@ from cersa_diffusion.classification import (
     load_classifier,
     train_classifier,
 )
-from cersa_diffusion.training.checkpoints import WEIGHTS_FILE
+from cersa_diffusion.training.checkpoints.folder import WEIGHTS_FILE
 
 from ..conftest import assert_named, raises, warns
 

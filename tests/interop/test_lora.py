@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
-from cersa_diffusion.inject import cersa_layers
-from cersa_diffusion.training.base import TARGET_MODULES, load_base
+from cersa_diffusion.layers.model import cersa_layers
+from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
 
 from ..conftest import DEVICE, raises, randn, train
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip
 from cersa_diffusion.metrics.encoders import VisionEncoder
-from cersa_diffusion.training.pictures import load_picture
+from cersa_diffusion.pictures import load_picture
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from PIL import ImageFilter
 
 from cersa_diffusion import ConfigError
 from cersa_diffusion.metrics.evaluation import Drift, Sample, Scorer
-from cersa_diffusion.training.base import load_base
+from cersa_diffusion.pipelines.open import load_base
 
 from ..conftest import raises
 

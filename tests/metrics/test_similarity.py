@@ -23,7 +23,7 @@ from cersa_diffusion.metrics.similarity import (
     paired_distance,
     similarity_to_references,
 )
-from cersa_diffusion.training.base import load_base
+from cersa_diffusion.pipelines.open import load_base
 
 from ..conftest import DEVICE, raises
 

@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 
-from ..comparing.conftest import materials, study_file  # noqa: F401 (fixtures)
 from ..conftest import REPOSITORY, run_script
+from ..study.conftest import materials, study_file  # noqa: F401 (fixtures)
 
 SCRIPT = "scripts/compare_methods.py"
 TABLES = ("table.md", "table.csv", "table.json")

@@ -3,9 +3,8 @@
 import pytest
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.adapter_file import AdapterFile
-from cersa_diffusion.interop.base import base_pipeline
-from cersa_diffusion.training.base import load_base
+from cersa_diffusion.adapters.file import AdapterFile
+from cersa_diffusion.pipelines.open import base_pipeline, load_base
 
 from ..conftest import raises
 from ..pipelines_small import pipeline

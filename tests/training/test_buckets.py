@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as transforms
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.training.buckets import PictureOrder, bucket_sizes, covering_size, nearest_bucket
+from cersa_diffusion.training.data.buckets import PictureOrder, bucket_sizes, covering_size, nearest_bucket
 
 from ..conftest import raises
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cersa_diffusion.memory import MemoryUse
+from cersa_diffusion.memory.cost import MemoryUse
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, TrainingStopped, train_dreambooth
 
 

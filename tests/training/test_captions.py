@@ -9,8 +9,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.training.captions import caption_summary, class_examples, read_examples
-from cersa_diffusion.training.config import DreamBoothConfig
+from cersa_diffusion.training.data.captions import caption_summary, class_examples, read_examples
+from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 from ..conftest import raises, warns
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError, ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
-from cersa_diffusion.training.checkpoints import TrainingState, damage, list_checkpoints, save_checkpoint
+from cersa_diffusion.training.checkpoints.folder import TrainingState, damage, list_checkpoints, save_checkpoint
 
 from ..conftest import raises, warns
 

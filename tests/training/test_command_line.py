@@ -7,7 +7,7 @@ import pytest
 from cersa_diffusion import ConfigError
 from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.command_line import parse_settings
-from cersa_diffusion.training.settings_file import read_settings, write_settings
+from cersa_diffusion.training.settings.file import read_settings, write_settings
 
 from ..conftest import raises
 

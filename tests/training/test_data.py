@@ -7,9 +7,9 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cersa_diffusion.training.captions import Example
-from cersa_diffusion.training.config import DreamBoothConfig
-from cersa_diffusion.training.data import DreamBoothDataset, View, collate, fixed_views, picture_buckets
+from cersa_diffusion.training.data.captions import Example
+from cersa_diffusion.training.data.dataset import DreamBoothDataset, View, collate, fixed_views, picture_buckets
+from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 # Height and width: one is square, two are wide, one is tall.
 SHAPES = ((40, 40), (40, 80), (50, 90), (90, 48))

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from cersa_diffusion import CersaLinear, ConfigError
+from cersa_diffusion.pictures import picture_paths
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
-from cersa_diffusion.training.base import load_base
 from cersa_diffusion.training.callbacks import TrainingCallback, TrainingStopped
-from cersa_diffusion.training.captions import read_examples
-from cersa_diffusion.training.checkpoints import list_checkpoints
-from cersa_diffusion.training.pictures import picture_paths
-from cersa_diffusion.training.run import DreamBoothRun
-from cersa_diffusion.training.settings_file import read_settings
+from cersa_diffusion.training.checkpoints.folder import list_checkpoints
+from cersa_diffusion.training.data.captions import read_examples
+from cersa_diffusion.training.run.loop import DreamBoothRun
+from cersa_diffusion.training.settings.file import read_settings
 
 from ..conftest import assert_named, raises
 

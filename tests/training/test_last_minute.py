@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError, NonFiniteError, files
-from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, finish, previews, train_dreambooth
-from cersa_diffusion.training import checkpoints as checkpoints_module
-from cersa_diffusion.training.checkpoints import damage, list_checkpoints
-from cersa_diffusion.training.loss import DreamBoothLoss
+from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, finish, train_dreambooth
+from cersa_diffusion.training.checkpoints import folder as checkpoints_module
+from cersa_diffusion.training.checkpoints.folder import damage, list_checkpoints
+from cersa_diffusion.training.run import previews
+from cersa_diffusion.training.run.loss import DreamBoothLoss
 
 from ..conftest import raises, warns
 
@@ -249,7 +250,7 @@ def test_weights_that_an_update_destroys_replace_no_good_checkpoint(config):
                     next(iter(self.parameters())).fill_(float("inf"))
 
     destroyer = Destroy()
-    from cersa_diffusion.training import run as run_module
+    from cersa_diffusion.training.run import loop as run_module
 
     class Watched(run_module.DreamBoothRun):
         def _prepare_for_accelerate(self):

@@ -10,11 +10,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cersa_diffusion import NonFiniteError
-from cersa_diffusion.training.captions import Example
-from cersa_diffusion.training.config import DreamBoothConfig, DreamBoothXLConfig
-from cersa_diffusion.training.data import DreamBoothDataset, collate, fixed_views
-from cersa_diffusion.training.latent_cache import cache_latents, cache_text_embeddings
-from cersa_diffusion.training.loss import DreamBoothLoss
+from cersa_diffusion.training.data.captions import Example
+from cersa_diffusion.training.data.dataset import DreamBoothDataset, collate, fixed_views
+from cersa_diffusion.training.data.latent_cache import cache_latents, cache_text_embeddings
+from cersa_diffusion.training.run.loss import DreamBoothLoss
+from cersa_diffusion.training.settings.config import DreamBoothConfig, DreamBoothXLConfig
 
 from ..conftest import DEVICE, raises, warns
 from ..pipelines_small import SIZE, pipeline

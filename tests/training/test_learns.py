@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cersa_diffusion.comparison import generate
 from cersa_diffusion.metrics.similarity import latent_distance
+from cersa_diffusion.pictures import load_picture
+from cersa_diffusion.pipelines.draw import generate
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
-from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.pictures import load_picture
 
 # Part of the distance to the held-back pictures that is gone after 60 steps of 4 pictures; a method that does nothing has 0.
 MARGIN = 0.15

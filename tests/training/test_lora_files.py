@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, ConfigError
-from cersa_diffusion.lora_files import load_lora
+from cersa_diffusion.methods.lora_files import load_lora
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, load_result
-from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.captions import read_examples
-from cersa_diffusion.training.config import DreamBoothXLConfig
-from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.data.captions import read_examples
+from cersa_diffusion.training.run.loop import DreamBoothRun
+from cersa_diffusion.training.settings.config import DreamBoothXLConfig
 
 from .. import pipelines_small as small
 from ..conftest import raises

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.config import DreamBoothConfig, DreamBoothXLConfig
-from cersa_diffusion.training.loss import DreamBoothLoss
+from cersa_diffusion.pipelines.open import load_base
+from cersa_diffusion.training.run.loss import DreamBoothLoss
+from cersa_diffusion.training.settings.config import DreamBoothConfig, DreamBoothXLConfig
 
 from ..conftest import DEVICE
 from ..pipelines_small import pipeline

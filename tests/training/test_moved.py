@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cersa_diffusion import CersaError
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
-from cersa_diffusion.training.checkpoints import list_checkpoints
+from cersa_diffusion.training.checkpoints.folder import list_checkpoints
 
 from ..conftest import raises, warns
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from cersa_diffusion import ConfigError
-from cersa_diffusion.training.pictures import load_picture, picture_paths, picture_size
+from cersa_diffusion.pictures import load_picture, picture_paths, picture_size
 
 from ..conftest import raises, warns
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cersa_diffusion import cache
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
+from cersa_diffusion.weights import cache
 
 from ..conftest import DEVICE
 

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, ModelCard
 
 from cersa_diffusion import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
-from cersa_diffusion.training.publish import Publication
-from cersa_diffusion.training.settings_file import read_settings
+from cersa_diffusion.training.publish.upload import Publication
+from cersa_diffusion.training.settings.file import read_settings
 
 from ..conftest import raises
 
@@ -63,7 +63,9 @@ def hub(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     server.requests, server.address = [], f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("cersa_diffusion.training.publish.HfApi", lambda token: HfApi(endpoint=server.address, token=token))
+    monkeypatch.setattr(
+        "cersa_diffusion.training.publish.upload.HfApi", lambda token: HfApi(endpoint=server.address, token=token)
+    )
     yield server
     server.shutdown()
 

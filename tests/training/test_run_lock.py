@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training.run_lock import LOCK_FILE, run_lock, training_process
+from cersa_diffusion.training.run.lock import LOCK_FILE, run_lock, training_process
 
 from ..conftest import raises
 

@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from cersa_diffusion import ConfigError
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, DreamBoothXLConfig, load_result
-from cersa_diffusion.training.base import load_base
-from cersa_diffusion.training.captions import read_examples
-from cersa_diffusion.training.run import DreamBoothRun
+from cersa_diffusion.training.data.captions import read_examples
+from cersa_diffusion.training.run.loop import DreamBoothRun
 
 from ..conftest import raises
 

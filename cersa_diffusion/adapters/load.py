@@ -1,0 +1,237 @@
+"""From the cores of a model to an adapter file, and from an adapter file into any model of the same base."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cersa_diffusion.adapters.file import AdapterFile, StoredLayer, read_adapter_file
+from cersa_diffusion.adapters.room import check_room, warn_of_other_truncation
+from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError
+from cersa_diffusion.functional import Decomposition, block_to_core, float64
+from cersa_diffusion.layers.core import MatrixCore
+from cersa_diffusion.layers.kinds import replacement
+from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.model import LONE_COMPONENT, all_or_nothing, check_layers, components_of, replace_module
+from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
+from cersa_diffusion.weights.fingerprint import base_difference, base_entries
+from cersa_diffusion.weights.stored import Checkpoint, StoredWeight, finest_weight
+
+
+def load_adapter(
+    model: nn.Module | Mapping[str, nn.Module],
+    source: str | os.PathLike | AdapterFile,
+    *,
+    adapter_name: str = "default",
+    strength: float = 1.0,
+    keep_base: bool = True,
+    allow_base_mismatch: bool = False,
+    show_progress: bool = True,
+) -> None:
+    """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file brings the bases.
+
+    All or nothing: everything is read, checked and computed before the first layer is replaced. Layers that carry an adapter
+    already stay as they are cut, with a warning where this one was trained with another number of components. What is decomposed
+    is the weight as the checkpoint on disk stores it, where memory holds it in fewer bits (see `cersa_diffusion.weights.stored`).
+
+    Args:
+        model: a model of the base that the adapter was trained on, or the components of a pipeline by name.
+        source: a file, or its content.
+        adapter_name: name for the cores, not yet used in this model.
+        strength: factor of the adapter; 0 gives the truncated base.
+        keep_base: see to it that `restore_base` can put the replaced weights back: a copy in CPU memory, or where they lie on
+            disk when the model still is as its checkpoint has it.
+        allow_base_mismatch: warn instead of refusing when the weights of the model are not those of the adapter's base.
+        show_progress: show a bar while layers are decomposed.
+
+    Raises:
+        AdapterFormatError: the file cannot be read, or holds NaN.
+        BaseMismatchError: the model lacks layers of the file, has other shapes or other weights.
+        ConfigError: the adapter name is taken, or layers that are loaded already keep too few components for it, or keep a
+            residual that it was trained without (or the other way round).
+        NonFiniteError: NaN or infinity in a weight of the model.
+    """
+    adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
+    components = components_of(model)
+    targets = resolve_layers(adapter, components)
+    dense: dict[str, dict[str, nn.Linear]] = {component: {} for component in components}
+    for target in targets.values():
+        if isinstance(target.module, CersaLinear):
+            check_room(f"{target.component}.{target.name}", target.module, target.stored, adapter_name)
+        else:
+            dense[target.component][target.name] = target.module
+    for component, layers in dense.items():
+        check_layers(components[component], layers)
+
+    prepared = list(_prepare(targets, components, keep_base, show_progress))
+    _check_bases(prepared, adapter, allow_base_mismatch)
+    for key, _, core, _ in prepared:
+        if core is None:
+            raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
+    warn_of_other_truncation(((key, place.module, place.stored) for key, place in targets.items()), adapter.source)
+    facts = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
+    with all_or_nothing(*components.values()):
+        for key, layer, values, _ in prepared:
+            component, name, module, stored = targets[key]
+            core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
+            core.facts, core.trained_kept_rank = facts, stored.kept_rank
+            layer.add_core(adapter_name, core, strength)
+            if module is not layer:
+                replace_module(components[component], name, layer)
+
+
+class Target(NamedTuple):
+    """The place of a stored layer in a model."""
+
+    component: str
+    name: str
+    module: nn.Linear | CersaLinear
+    stored: StoredLayer
+
+
+def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) -> dict[str, Target]:
+    """Finds the module of every stored layer.
+
+    Args:
+        adapter: the file's content.
+        components: the models by name.
+
+    Returns:
+        Key of the layer in the file -> its place.
+
+    Raises:
+        BaseMismatchError: layers that are not there, of other shapes, or no linear layers; all are named in one message.
+    """
+    lone = set(components) == {LONE_COMPONENT} and len({key.partition(".")[0] for key in adapter.layers}) == 1
+    modules = {component: dict(model.named_modules()) for component, model in components.items()}
+    targets: dict[str, Target] = {}
+    problems: dict[str, list[str]] = {}
+    taken: set[tuple[str, str]] = set()
+    for key, stored in adapter.layers.items():
+        component, _, module_name = key.partition(".")
+        component = LONE_COMPONENT if lone else component
+        if component not in modules:
+            problems.setdefault(f"the model has no {component!r}, only {sorted(components)}", []).append(key)
+            continue
+        names = (module_name, module_name.removeprefix("text_model."), f"text_model.{module_name}")
+        name = next((name for name in names if name in modules[component]), None)
+        module = modules[component].get(name)
+        problem = _problem(module, stored) or ("named twice" if (component, name) in taken else None)
+        if problem:
+            problems.setdefault(problem, []).append(key)
+            continue
+        taken.add((component, name))
+        targets[key] = Target(component, name, module, stored)
+    if problems:
+        listing = "; ".join(f"{problem}: {_some(keys)}" for problem, keys in problems.items())
+        count = sum(map(len, problems.values()))
+        raise BaseMismatchError(
+            f"{adapter.source}: {count} of {len(adapter.layers)} layers do not fit this model: {listing[:2000]}. "
+            f"Load it into its own base{_base_name(adapter)}"
+        )
+    return targets
+
+
+def _problem(module: nn.Module | None, stored: StoredLayer) -> str | None:
+    if module is None:
+        return "no such layer in the model"
+    if not isinstance(module, nn.Linear | CersaLinear):
+        return f"it is a {type(module).__module__} (unload other adapters first)"
+    found, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
+    return None if found == expected else f"the model has shape {found}, the adapter {expected}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:200] for name in names[:5]) + more
+
+
+def _base_name(adapter: AdapterFile) -> str:
+    name = adapter.base_model.get("name_or_path")
+    return f" ({name})" if name else ""
+
+
+class _Prepared(NamedTuple):
+    """A layer ready to be put in its place, its core (None: it cannot be solved for), and difference and excess of its base."""
+
+    key: str
+    layer: CersaLinear
+    core: torch.Tensor | None
+    difference: tuple[float, float]
+
+
+def _prepare(
+    targets: dict[str, Target], components: Mapping[str, nn.Module], keep_base: bool, show_progress: bool
+) -> Iterator[_Prepared]:
+    checkpoints = {name: Checkpoint.of(model) for name, model in components.items()}
+    places, jobs = {}, []
+    for key, (component, name, module, stored) in targets.items():
+        if isinstance(module, CersaLinear):
+            factors = Decomposition(module.U, module.s, module.Vh)
+            yield _Prepared(key, module, solve_core(factors, stored), _difference(module.s, module.base_entries, stored))
+            continue
+        places[key] = checkpoints[component].find(name, module.weight, finer_only=not keep_base)
+        if stored.bases is None:
+            jobs.append(LayerJob.of(key, module, lambda s, k=stored.kept_rank: k, places[key]))
+        else:
+            factors = Decomposition(*(factor.to(module.weight.device, torch.float32) for factor in stored.bases))
+            yield _build(key, targets[key], factors, places[key], keep_base)
+    with decompose_layers(jobs, show_progress=show_progress) as decomposed:
+        for key, factors in decomposed:
+            yield _build(key, targets[key], factors, places[key], keep_base)
+
+
+def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight | None, keep_base: bool) -> _Prepared:
+    module, stored = target.module, target.stored
+    weight = finest_weight(module.weight, place)
+    singular_values, pivots = factors.s, None
+    if stored.bases is None:
+        pivots = factors.pivots
+    else:
+        # Without a decomposition: what the weight at hand does to the stored vectors.
+        first = slice(len(stored.leading_singular_values))
+        singular_values = ((float64(factors.U[:, first]).T @ float64(weight)) * float64(factors.Vh[first])).sum(1)
+    options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": place, "pivots": pivots}
+    layer = replacement(module, factors, stored.kept_rank, **options)
+    # Solved for with the factors as they are before the layer rounds them to its dtype.
+    return _Prepared(key, layer, solve_core(factors, stored), _difference(singular_values, base_entries(weight), stored))
+
+
+def _difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
+    return base_difference(singular_values, entries, stored.leading_singular_values[: len(singular_values)], stored.entries)
+
+
+def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | None:
+    """The core of a stored layer in the coordinates of a decomposition of its base.
+
+    Args:
+        factors: at least the kept singular triplets, in any floating dtype.
+        stored: the layer.
+
+    Returns:
+        (r, r) float32, or None where the pivot rows or columns of these factors are dependent.
+    """
+    region = slice(stored.offset, stored.offset + stored.core_rank)
+    try:
+        core = block_to_core(stored.block(), factors.U[:, region], factors.Vh[region], stored.rows, stored.columns).float()
+    except torch.linalg.LinAlgError:
+        return None
+    return core if torch.isfinite(core).all() else None
+
+
+def _check_bases(prepared: list[_Prepared], adapter: AdapterFile, allowed: bool) -> None:
+    wrong = {layer.key: layer.difference for layer in prepared if layer.difference[1] > 1}
+    if not wrong:
+        return
+    worst = sorted(wrong, key=lambda key: -wrong[key][1])[:3]
+    listing = ", ".join(f"{key} ({wrong[key][0]:.2%})" for key in worst)
+    message = (
+        f"{adapter.source}: trained on another base model{_base_name(adapter)}: the weights of {len(wrong)} of "
+        f"{len(prepared)} layers differ from this model's, worst {listing}"
+    )
+    if not allowed:
+        raise BaseMismatchError(f"{message}: load it into its own base, or pass allow_base_mismatch=True to try all the same")
+    warnings.warn(f"{message}; loaded all the same (allow_base_mismatch)", stacklevel=3)

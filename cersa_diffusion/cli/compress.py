@@ -1,0 +1,45 @@
+"""`cersa compress`: a checkpoint in factored form."""
+
+import argparse
+from dataclasses import fields, replace
+
+import torch
+
+from cersa_diffusion.compressed.write import compress
+from cersa_diffusion.config import CersaConfig
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    config = CersaConfig(alpha=arguments.alpha, unprofitable=arguments.unprofitable)
+    if arguments.components:
+        # Imported here, as for the plan: what the trainer trains of a text encoder is what is factored of it.
+        from cersa_diffusion.pipelines.open import TARGET_MODULES
+
+        targets = {name: TARGET_MODULES["text_encoder" if "text" in name else "unet"] for name in arguments.components}
+        config = {name: replace(config, target_modules=own) for name, own in targets.items()}
+    report = compress(
+        arguments.model,
+        arguments.output,
+        config=config,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        device=arguments.device,
+        revision=arguments.revision,
+        variant=arguments.variant,
+    )
+    print(f"{arguments.output}: {report}")
+
+
+def add_compress(commands) -> None:
+    """Adds the command to the others."""
+    help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
+    parser = commands.add_parser("compress", help="write a checkpoint in factored form: loading it needs no decomposition")
+    parser.add_argument("model", help="a pipeline or model: a folder, or a pipeline's id on the hub")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
+    parser.add_argument("--unprofitable", choices=["factor", "skip"], default="factor", help=help_texts["unprofitable"])
+    parser.add_argument("--components", nargs="+", metavar="NAME", help="unet, text_encoder, ... (default: the denoiser)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage (default: as the checkpoint has it)")
+    parser.add_argument("--device", help="where to decompose (default: cpu)")
+    parser.add_argument("--revision", help="of a model on the hub")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parser.set_defaults(run=_compress)

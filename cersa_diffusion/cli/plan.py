@@ -1,0 +1,63 @@
+"""`cersa plan`: what methods cost in memory, before any training."""
+
+import argparse
+import json
+from dataclasses import fields
+
+import torch
+
+from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.memory.cost import OPTIMIZERS
+from cersa_diffusion.memory.plan import plan_memory
+from cersa_diffusion.memory.plot import plot_plan
+from cersa_diffusion.pipelines.tokens import pipeline_tokens
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    # Imported here: the trainer and all it needs are slow to import, and the other commands do without.
+    from cersa_diffusion.pipelines.families import family_of
+    from cersa_diffusion.pipelines.open import default_targets, load_base
+
+    pipeline = load_base(arguments.model)
+    configs = {
+        component: CersaConfig(
+            alpha=arguments.alpha,
+            beta=arguments.beta,
+            memory_budget=arguments.memory_budget,
+            target_modules=default_targets(component),
+        )
+        for component in ("unet", *family_of(type(pipeline).__name__).text_encoders)
+    }
+    tokens = None
+    if arguments.batch is not None or arguments.resolution is not None:
+        tokens = pipeline_tokens(pipeline, 1 if arguments.batch is None else arguments.batch, arguments.resolution)
+    plan = plan_memory(
+        {component: getattr(pipeline, component) for component in configs},
+        configs,
+        lora_rank=arguments.rank,
+        optimizer=arguments.optimizer,
+        weight_dtype=getattr(torch, arguments.dtype),
+        tokens=tokens,
+    )
+    formats = {"table": str, "markdown": lambda plan: plan.to_markdown(), "json": lambda plan: json.dumps(plan.to_dict())}
+    print(formats[arguments.format](plan))
+    if arguments.plot:
+        plot_plan(plan, arguments.plot)
+
+
+def add_plan(commands) -> None:
+    """Adds the command to the others."""
+    help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
+    plan = commands.add_parser("plan", help="say what CERSA, LoRA and full fine-tuning cost in memory, before any training")
+    plan.add_argument("model", help="a Stable Diffusion or SDXL pipeline: a folder or a model id on the hub")
+    plan.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
+    plan.add_argument("--beta", type=float, help=help_texts["beta"])
+    plan.add_argument("--memory_budget", metavar="SIZE", help=help_texts["memory_budget"])
+    plan.add_argument("--rank", type=int, default=32, help="rank of LoRA")
+    plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="whose state is counted")
+    plan.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="compute dtype of training")
+    plan.add_argument("--format", choices=["table", "json", "markdown"], default="table", help="json is in bytes")
+    plan.add_argument("--plot", metavar="FILE", help="also draw ranks and compression against alpha into this picture")
+    plan.add_argument("--batch", type=int, help="pictures per step: counts saved activations (default 1 with --resolution)")
+    plan.add_argument("--resolution", type=int, help="size of the pictures in pixels (default with --batch: the model's own)")
+    plan.set_defaults(run=_plan)

@@ -1,0 +1,52 @@
+"""What the linear layers of a model are given in one step, which decides what they save for the backward pass."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from cersa_diffusion.layers.model import components_of
+from cersa_diffusion.memory.cost import LayerInput
+
+
+def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, LayerInput]:
+    """Runs a forward pass and notes what every linear layer is given.
+
+    Args:
+        model: any torch model, or the components of a pipeline by name.
+        forward: runs the model once. All inputs are held until it returns: under `FakeTensorMode` that costs nothing.
+
+    Returns:
+        "component.layer name" -> rows and source; 0 rows for a layer that does not run.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def note(name: str) -> Callable:
+        def hook(_module, args, kwargs):
+            inputs[name].append(args[0] if args else kwargs["input"])
+
+        return hook
+
+    for component, module in components_of(model).items():
+        for name, layer in module.named_modules():
+            if type(layer) is nn.Linear:
+                key = f"{component}.{name}"
+                inputs[key] = []
+                handles.append(layer.register_forward_pre_hook(note(key), with_kwargs=True))
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    sources: dict[StorageWeakRef, int] = {}
+    return {name: _layer_input(given, sources) for name, given in inputs.items()}
+
+
+def _layer_input(given: list[Tensor], sources: dict[StorageWeakRef, int]) -> LayerInput:
+    rows = sum(x.numel() // x.shape[-1] for x in given)
+    if len(given) != 1:
+        return LayerInput(rows)
+    # By storage, so that reshaped views count as the same tensor.
+    storage = StorageWeakRef(given[0].untyped_storage())
+    return LayerInput(rows, sources.setdefault(storage, len(sources)))

@@ -1,0 +1,99 @@
+"""Results side by side: the same prompts and seeds for every model, as one picture and one table."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm.auto import tqdm
+
+CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
+
+
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 4.0,
+    batch_size: int = 16,
+    negative_prompt: str = "",
+    show_progress: bool = False,
+) -> list[list[Image.Image]]:
+    """Pictures of every prompt with every seed: ``result[prompt][seed]``.
+
+    Every picture starts from its own seed's noise, drawn on the CPU, so that models get the same starting points.
+
+    Args:
+        pipeline: the model.
+        prompts: the prompts.
+        seeds: the seeds.
+        steps: denoising steps of the pipeline's scheduler.
+        guidance: classifier-free guidance scale.
+        batch_size: pictures at once.
+        negative_prompt: what guidance leads away from.
+        show_progress: a bar over the batches.
+    """
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    pictures = []
+    for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", unit="batch", disable=not show_progress):
+        batch = jobs[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        texts = [prompt for prompt, _ in batch]
+        pictures += pipeline(
+            texts,
+            # Not a list of empty texts: some pipelines have a vector of their own for none.
+            negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        ).images
+    return [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
+
+
+def picture_grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
+    """Labelled rows of pictures under column titles.
+
+    Args:
+        rows: label -> pictures, as many as there are titles; a label may have several lines.
+        titles: column titles, wrapped to the width of a picture.
+    """
+    pitch = CELL + MARGIN
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(titles) * pitch, TITLE_HEIGHT + len(rows) * pitch), "white")
+    draw, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(11), ImageFont.load_default(14)
+    for column, title in enumerate(titles):
+        x = LABEL_WIDTH + column * pitch + CELL // 2
+        draw.multiline_text((x, TITLE_HEIGHT - 6), _wrapped(title, small, CELL), "black", small, anchor="md", align="center")
+    for number, (label, pictures) in enumerate(rows.items()):
+        y = TITLE_HEIGHT + number * pitch
+        draw.multiline_text((10, y + CELL // 2), label, "black", large, anchor="lm")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (LABEL_WIDTH + column * pitch, y))
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Pictures of latents, (count, 3, height, width) in float32 from -1 to 1.
+
+    In the autoencoder's own dtype, whatever autocast or the UNet's dtype say: SDXL's overflows in float16.
+
+    Args:
+        pipeline: whose autoencoder decodes.
+        latents: (count, channels, height / 8, width / 8), scaled as the UNet has them.
+    """
+    vae = pipeline.vae
+    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()

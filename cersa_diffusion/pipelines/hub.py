@@ -1,0 +1,65 @@
+"""Finding an adapter file: a file, a folder, or a repository of the Hugging Face hub."""
+
+import os
+from pathlib import Path
+
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
+from cersa_diffusion.errors import AdapterFormatError
+
+# What `load_cersa_weights` hands on to huggingface_hub.hf_hub_download.
+HUB_ARGUMENTS = frozenset(
+    {"revision", "token", "cache_dir", "force_download", "local_files_only", "user_agent", "endpoint", "etag_timeout"}
+)
+
+
+def find_adapter_file(
+    name_or_path: str | os.PathLike, weight_name: str | None = None, *, subfolder: str | None = None, **hub_kwargs
+) -> Path:
+    """Turns a file, a folder or a hub id into the path of an adapter file.
+
+    Args:
+        name_or_path: where to look.
+        weight_name: the file's name inside the folder or repository. Left out it is the default name; in a folder without
+            a file of that name, the only safetensors file there.
+        subfolder: folder inside the folder or repository.
+        hub_kwargs: see `HUB_ARGUMENTS`.
+
+    Raises:
+        AdapterFormatError: there is no such file, or the hub does not have it.
+        TypeError: an argument that the hub does not know.
+    """
+    unknown = set(hub_kwargs) - HUB_ARGUMENTS
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments {sorted(unknown)}: expected some of {sorted(HUB_ARGUMENTS)}")
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _find_in_folder(path / subfolder if subfolder else path, weight_name)
+    if str(name_or_path).count("/") != 1 or path.suffix == ".safetensors":
+        raise AdapterFormatError(f"{name_or_path}: no such file or folder, and not the form of a hub id (owner/name)")
+    # Imported here: only hub ids need it.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if subfolder:
+        hub_kwargs["subfolder"] = subfolder
+    try:
+        return Path(hf_hub_download(str(name_or_path), weight_name or DEFAULT_FILE_NAME, **hub_kwargs))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterFormatError(
+            f"{name_or_path}: no such file or folder, and {weight_name or DEFAULT_FILE_NAME} is not to be had from the hub "
+            f"({reason}): check the name, or pass weight_name="
+        ) from error
+
+
+def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
+    path = folder / (weight_name or DEFAULT_FILE_NAME)
+    if path.is_file():
+        return path
+    found = sorted(folder.glob("*.safetensors"))
+    if weight_name is None and len(found) == 1:
+        return found[0]
+    names = [file.name for file in found]
+    raise AdapterFormatError(f"{folder}: no {path.name} in this folder; it holds {names}: pass weight_name=")

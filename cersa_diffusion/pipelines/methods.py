@@ -1,0 +1,401 @@
+"""The `*_cersa_*` methods of every diffusers pipeline, with the keyword arguments of its LoRA methods."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cersa_diffusion.adapters import compose as composition
+from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME, AdapterFile, from_state_dict, read_adapter_file, to_state_dict
+from cersa_diffusion.adapters.fuse import check_fusable, fuse, refuse_lora_on_fused, unfuse
+from cersa_diffusion.adapters.hotswap import hotswap_adapter
+from cersa_diffusion.adapters.load import load_adapter
+from cersa_diffusion.adapters.save import save_adapter
+from cersa_diffusion.adapters.strengths import Strength
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.inject import restore_base
+from cersa_diffusion.layers.model import all_or_nothing, cersa_layers
+from cersa_diffusion.pipelines.hub import find_adapter_file
+from cersa_diffusion.pipelines.offload import without_offloading
+
+COMPONENT_NAMES = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def pipeline_components(pipeline) -> dict[str, nn.Module]:
+    """The models of a diffusers pipeline that an adapter can change, by name.
+
+    Raises:
+        ConfigError: the pipeline has neither a `unet` nor a `transformer`.
+    """
+    found = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
+    # A model that went through torch.compile() is wrapped: the adapter's names are those of the model inside.
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
+    components = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not {"unet", "transformer"} & set(components):
+        raise ConfigError(f"{type(pipeline).__name__} has neither a unet nor a transformer to adapt")
+    return components
+
+
+def load_cersa_weights(
+    self,
+    pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
+    weight_name: str | None = None,
+    adapter_name: str | None = None,
+    strength: float = 1.0,
+    *,
+    hotswap: bool = False,
+    allow_base_mismatch: bool = False,
+    **hub_kwargs,
+) -> None:
+    """Loads a CERSA adapter into this pipeline; nothing is touched when it does not fit.
+
+    Adapters that are loaded already stay active: their changes add up. See `set_cersa_adapters`.
+
+    Args:
+        pretrained_model_name_or_path_or_dict: a file, a folder that holds one, a model id on the hub, or what
+            `cersa_state_dict` returned (it is not changed).
+        weight_name: file name inside the folder or repository; default `pytorch_cersa_weights.safetensors`, in a folder
+            without it the only safetensors file.
+        adapter_name: name for the adapter; default "default_0", "default_1", ...
+        strength: factor of the adapter; 1 as trained, 0 the truncated base.
+        hotswap: put the numbers in the place of those of the loaded adapter `adapter_name`, without new layers: a compiled
+            model is not compiled again. Layers and ranks must fit into those that are there.
+        allow_base_mismatch: load with a warning where the base is another than the adapter was trained on.
+        hub_kwargs: subfolder, and what `huggingface_hub.hf_hub_download` takes (revision, token, cache_dir, ...).
+
+    Raises:
+        AdapterFormatError, BaseMismatchError, ConfigError, NonFiniteError: see `cersa_diffusion.load_adapter`.
+    """
+    adapter = _read(pretrained_model_name_or_path_or_dict, weight_name, hub_kwargs)
+    components = pipeline_components(self)
+    _refuse_other_layers(components, adapter)
+    adapter_name = _name_to_load(components, adapter_name, hotswap)
+    settings = {
+        "strength": strength,
+        "show_progress": not getattr(self, "_progress_bar_config", {}).get("disable", False),
+        "allow_base_mismatch": allow_base_mismatch,
+    }
+    with without_offloading(self), all_or_nothing(*components.values()):
+        if hotswap:
+            hotswap_adapter(components, adapter, adapter_name, **settings)
+        else:
+            load_adapter(components, adapter, adapter_name=adapter_name, **settings)
+        for model in components.values():
+            _keep_disabled(model)
+
+
+def cersa_state_dict(
+    pretrained_model_name_or_path_or_dict: str | os.PathLike | dict, weight_name: str | None = None, **hub_kwargs
+) -> dict[str, torch.Tensor | str]:
+    """Reads an adapter without loading it.
+
+    Args:
+        pretrained_model_name_or_path_or_dict, weight_name, hub_kwargs: see `load_cersa_weights`.
+
+    Returns:
+        The tensors of the file by name, and its header (JSON) under the name "cersa".
+
+    Raises:
+        AdapterFormatError: the file cannot be found or read.
+        NonFiniteError: NaN or infinity in it.
+    """
+    return to_state_dict(_read(pretrained_model_name_or_path_or_dict, weight_name, hub_kwargs))
+
+
+def save_cersa_weights(
+    self,
+    save_directory: str | os.PathLike,
+    adapter_name: str | None = None,
+    weight_name: str | None = None,
+    *,
+    is_main_process: bool = True,
+    dtype: torch.dtype = torch.float16,
+    save_energy: float | None = None,
+    save_bases: bool = False,
+) -> None:
+    """Saves one adapter of this pipeline as a file that `load_cersa_weights` reads.
+
+    An adapter that was loaded keeps what its header said about settings, base and training.
+
+    Args:
+        save_directory: folder for the file, made where it is missing.
+        adapter_name: which adapter; can be left out where there is only one.
+        weight_name: name of the file; default `pytorch_cersa_weights.safetensors`.
+        is_main_process: write; the other processes of a distributed run pass False.
+        dtype, save_energy, save_bases: as `save_adapter`.
+
+    Raises:
+        ConfigError: no such adapter, several without a name, the directory is a file, or a setting out of range.
+        NonFiniteError: the adapter holds NaN or infinity; nothing is written.
+    """
+    components = pipeline_components(self)
+    names = _adapter_names(components)
+    if adapter_name is None and len(names) != 1:
+        raise ConfigError(f"the pipeline has the adapters {names}: say with adapter_name= which one to save")
+    adapter_name = adapter_name or names[0]
+    _check_known(components, [adapter_name])
+    if Path(save_directory).is_file():
+        raise ConfigError(f"{save_directory} is a file: give a directory, and the file's name as weight_name=")
+    if not is_main_process:
+        return
+    cores = (layer.cores for model in components.values() for layer in cersa_layers(model).values())
+    facts = next(core[adapter_name].facts for core in cores if adapter_name in core)
+    source = getattr(getattr(self, "config", None), "_name_or_path", None)
+    facts = facts or {"base_model": {"name_or_path": source} if source else {}}
+    path = Path(save_directory) / (weight_name or DEFAULT_FILE_NAME)
+    stored = {"dtype": dtype, "save_energy": save_energy, "save_bases": save_bases}
+    save_adapter(components, path, adapter_name=adapter_name, **stored, **facts)
+
+
+def unload_cersa_weights(self) -> None:
+    """Removes all CERSA adapters, also fused ones, and puts the base weights back bit for bit.
+
+    Raises:
+        ConfigError: a base weight was not kept (the model was injected for training), or a LoRA was loaded on a fused layer;
+            the pipeline is left as it is.
+    """
+    components = pipeline_components(self)
+    for model in components.values():
+        refuse_lora_on_fused(model)
+    with without_offloading(self), all_or_nothing(*components.values()):
+        for model in components.values():
+            restore_base(model)
+
+
+def fuse_cersa(
+    self,
+    components: str | Sequence[str] | None = None,
+    cersa_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: str | Sequence[str] | None = None,
+) -> None:
+    """Puts dense weights in the place of the CERSA layers; `unfuse_cersa` takes that back bit for bit.
+
+    Args:
+        components: which models ("unet", "text_encoder", ...); all that have CERSA layers when left out.
+        cersa_scale: factor of all adapters, beside their own strengths.
+        safe_fusing: refuse weights that hold NaN or infinity.
+        adapter_names: the adapters to fuse; all active ones when left out.
+
+    Raises:
+        ConfigError: a component without CERSA layers or that is fused already, an adapter that is unknown or not active.
+        NonFiniteError: `safe_fusing` and a weight would hold NaN or infinity. In both cases nothing is fused.
+    """
+    models = _chosen_models(self, components)
+    if not models:
+        raise ConfigError("no component has CERSA layers to fuse: load an adapter first")
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if names is not None:
+        _check_known(models, names)
+    elif not any(composition.active_adapters(model) for model in models.values()):
+        raise ConfigError("no adapter is active: enable_cersa() or set_cersa_adapters() first")
+    chosen = {}
+    for component, model in models.items():
+        present = composition.adapter_names(model)
+        chosen[component] = (
+            list(composition.active_adapters(model)) if names is None else [name for name in names if name in present]
+        )
+        check_fusable(model, chosen[component])
+    with without_offloading(self), all_or_nothing(*models.values()):
+        for component, model in models.items():
+            fuse(model, chosen[component], scale=cersa_scale, safe=safe_fusing)
+
+
+def unfuse_cersa(self, components: str | Sequence[str] | None = None) -> None:
+    """Undoes `fuse_cersa`, bit for bit; does nothing where nothing is fused.
+
+    Args:
+        components: which models; all when left out.
+
+    Raises:
+        ConfigError: an unknown component, or a LoRA was loaded on a fused layer; nothing is changed.
+    """
+    models = _chosen_models(self, components)
+    with without_offloading(self), all_or_nothing(*models.values()):
+        for model in models.values():
+            unfuse(model)
+
+
+def set_cersa_adapters(
+    self,
+    adapter_names: str | Sequence[str],
+    adapter_weights: Strength | Sequence[Strength | None] | None = None,
+) -> None:
+    """Makes these adapters active with these strengths, and no others.
+
+    Args:
+        adapter_names: one or several adapters.
+        adapter_weights: a strength for all of them, or a list with one for each; 1 when left out. A strength is a number or a
+            mapping by component, whose values are numbers or, for a UNet, mappings by block:
+            {"text_encoder": 0.5, "unet": {"down": 1, "mid": 0.3, "up": {"block_0": 0.6, "block_1": [0, 0.5, 1]}}}.
+            What such a mapping leaves out is 1; a component that the pipeline does not have is ignored with a warning.
+
+    Raises:
+        ConfigError: an unknown adapter or block, not as many weights as names, or fused layers; nothing is changed.
+    """
+    components = pipeline_components(self)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+    if len(weights) != len(names):
+        raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for all, or one for each")
+    _check_known(components, names)
+    present = {component: composition.adapter_names(model) for component, model in components.items()}
+    for name, weight in zip(names, weights, strict=True):
+        if isinstance(weight, Mapping):
+            _warn_of_ignored(name, weight, [component for component, found in present.items() if name in found])
+    with all_or_nothing(*components.values()):
+        for component, model in components.items():
+            here = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present[component]]
+            strengths = [weight.get(component) if isinstance(weight, Mapping) else weight for _, weight in here]
+            composition.set_adapters(model, [name for name, _ in here], strengths)
+
+
+def enable_cersa(self) -> None:
+    """Undoes `disable_cersa`.
+
+    Raises:
+        ConfigError: layers are fused; nothing is changed.
+    """
+    _on_all(self, composition.enable_adapters)
+
+
+def disable_cersa(self) -> None:
+    """Takes all CERSA adapters out of the forward pass and keeps their strengths: the truncated base is left.
+
+    Raises:
+        ConfigError: layers are fused; nothing is changed.
+    """
+    _on_all(self, composition.disable_adapters)
+
+
+def delete_cersa_adapters(self, adapter_names: str | Sequence[str]) -> None:
+    """Removes adapters. Layers that are left without any get their base weight back, where it was kept.
+
+    Args:
+        adapter_names: one or several adapters.
+
+    Raises:
+        ConfigError: an unknown adapter, or fused layers; nothing is changed.
+    """
+    components = pipeline_components(self)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    _check_known(components, names)
+    with without_offloading(self), all_or_nothing(*components.values()):
+        for model in components.values():
+            present = composition.adapter_names(model)
+            composition.delete_adapters(model, [name for name in names if name in present])
+            unused = [name for name, layer in cersa_layers(model).items() if not layer.cores and layer.base_kept]
+            restore_base(model, unused)
+
+
+def get_active_cersa_adapters(self) -> list[str]:
+    """Names of the adapters that take part in the forward pass; none while adapters are disabled."""
+    models = pipeline_components(self).values()
+    return list(dict.fromkeys(name for model in models for name in composition.active_adapters(model)))
+
+
+def get_list_cersa_adapters(self) -> dict[str, list[str]]:
+    """Component -> names of its adapters, for the components that have any."""
+    found = {component: composition.adapter_names(model) for component, model in pipeline_components(self).items()}
+    return {component: names for component, names in found.items() if names}
+
+
+def attach(pipeline_class: type) -> None:
+    """Gives the methods of this module to a pipeline class (a subclass would break saving and reloading)."""
+    for method in (
+        load_cersa_weights,
+        save_cersa_weights,
+        unload_cersa_weights,
+        fuse_cersa,
+        unfuse_cersa,
+        set_cersa_adapters,
+        enable_cersa,
+        disable_cersa,
+        delete_cersa_adapters,
+        get_active_cersa_adapters,
+        get_list_cersa_adapters,
+    ):
+        setattr(pipeline_class, method.__name__, method)
+    pipeline_class.cersa_state_dict = staticmethod(cersa_state_dict)
+
+
+def _read(source: str | os.PathLike | dict, weight_name: str | None, hub_kwargs: dict) -> AdapterFile:
+    if isinstance(source, dict):
+        return from_state_dict(source)
+    return read_adapter_file(find_adapter_file(source, weight_name, **hub_kwargs))
+
+
+def _refuse_other_layers(components: dict[str, nn.Module], adapter: AdapterFile) -> None:
+    """Refuses to load onto fused layers and onto layers that carry a LoRA, and says what to do."""
+    # Imported here: slow, and only pipelines meet LoRA layers.
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wanted = {key.replace(".text_model.", ".") for key in adapter.layers}
+    for component, model in components.items():
+        if any(key.startswith(f"{component}.") for key in wanted):
+            composition.refuse_fused(model)
+        for name, module in model.named_modules():
+            key = f"{component}.{name}".replace(".text_model.", ".")
+            if isinstance(module, BaseTunerLayer) and key in wanted:
+                raise ConfigError(
+                    f"layer {component}.{name} carries a LoRA: unload it (unload_lora_weights()), load the CERSA adapter, "
+                    "fuse it (fuse_cersa()), then load the LoRA again on top"
+                )
+
+
+def _name_to_load(components: dict[str, nn.Module], adapter_name: str | None, hotswap: bool) -> str:
+    loaded = _adapter_names(components)
+    if hotswap and adapter_name not in loaded:
+        raise ConfigError(f"hotswap needs the adapter_name of a loaded adapter, found {adapter_name!r}; loaded are {loaded}")
+    if adapter_name is None:
+        return next(name for name in (f"default_{i}" for i in range(len(loaded) + 1)) if name not in loaded)
+    if adapter_name in loaded and not hotswap:
+        raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name, hotswap or unload it")
+    return adapter_name
+
+
+def _adapter_names(components: Mapping[str, nn.Module]) -> list[str]:
+    return list(dict.fromkeys(name for model in components.values() for name in composition.adapter_names(model)))
+
+
+def _check_known(components: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    known = _adapter_names(components)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"no adapter named {', '.join(map(repr, unknown))}, this pipeline has {known}")
+
+
+def _chosen_models(pipeline, components: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    models = pipeline_components(pipeline)
+    if components is None:
+        return {name: model for name, model in models.items() if cersa_layers(model)}
+    names = [components] if isinstance(components, str) else list(components)
+    for name in names:
+        if name not in models:
+            raise ConfigError(f"no component {name!r} to adapt in {type(pipeline).__name__}, it has {list(models)}")
+    return {name: models[name] for name in names}
+
+
+def _warn_of_ignored(adapter_name: str, weight: Mapping[str, object], components: list[str]) -> None:
+    ignored = [component for component in weight if component not in components]
+    if ignored:
+        warnings.warn(
+            f"strengths for {ignored} are ignored: adapter {adapter_name!r} changes {components} of this pipeline", stacklevel=3
+        )
+
+
+def _keep_disabled(model: nn.Module) -> None:
+    """Layers that a load has added to a disabled model are disabled as the others are."""
+    layers = cersa_layers(model).values()
+    if not all(layer.enabled for layer in layers):
+        composition.disable_adapters(model)
+
+
+def _on_all(pipeline, change) -> None:
+    components = pipeline_components(pipeline)
+    with all_or_nothing(*components.values()):
+        for model in components.values():
+            change(model)

@@ -1,0 +1,152 @@
+"""The pictures side by side, as PNG grids, and the report: one HTML file that opens from disk and loads nothing."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from PIL import Image
+
+from cersa_diffusion.metrics.prompts import without_token
+from cersa_diffusion.pictures import load_picture
+from cersa_diffusion.pipelines.draw import picture_grid
+from cersa_diffusion.study.cells import Cell, write_atomically
+from cersa_diffusion.study.definition import SELECTABLE, Study
+from cersa_diffusion.study.judging import FIRST_SEED, read_pictures
+from cersa_diffusion.study.subjects import TEST, Subject
+from cersa_diffusion.study.table import ALL, COSTS, SCORES, SIZES, Figure, Line, Measure, Table, cell
+from cersa_diffusion.study.tuning import TUNING_SEED, Choice
+
+# Larger ones would make the report too large to open.
+THUMBNAIL = 160
+HELD_BACK = "held back"
+DRIFT = "drift"
+PLOTTED = ("clipscore", "clip_i", "similarity", "distance", "drift_latent", "diversity_similarity")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of a subject that belong side by side, all from the same seed.
+
+    Args:
+        subject: name.
+        title: what kind of prompts.
+        prompts: the columns.
+        rows: label -> a picture for each prompt, None where there is none.
+    """
+
+    subject: str
+    title: str
+    prompts: Sequence[str]
+    rows: Mapping[str, Sequence[Image.Image | None]]
+
+
+def galleries(study: Study, subjects: Mapping[str, Subject], choices: Mapping[str, Choice], output: Path) -> list[Gallery]:
+    """The pictures of every subject: test prompts, then those without the subject; training seed and noise are the first ones.
+
+    Args:
+        study: the comparison.
+        subjects: all of them by name.
+        choices: the learning rates.
+        output: folder of the comparison.
+    """
+    found = []
+    for name, subject in subjects.items():
+        held_back = subject.parts[TEST].held_back
+        kinds = [("prompts with the subject", TEST, subject.parts[TEST].prompts)]
+        if subject.drift_prompts:
+            kinds.append(("prompts without the subject", DRIFT, subject.drift_prompts))
+        for title, part, prompts in kinds:
+            rows = {HELD_BACK: [load_picture(held_back[p]) if p in held_back else None for p in prompts]} if part == TEST else {}
+            rows = {label: pictures for label, pictures in rows.items() if any(pictures)}
+            for row in study.rows:
+                own = Cell(name, row.name, choices[row.name].rate, TUNING_SEED) if row.trained else Cell(name, row.name)
+                # A training that diverged has drawn nothing.
+                folder = own.pictures(output, part)
+                pictures = read_pictures(folder) if folder.is_dir() else {}
+                rows[row.name] = [pictures.get(f"{i:03d}-seed{FIRST_SEED[part]}.png") for i in range(len(prompts))]
+            found.append(Gallery(name, title, [without_token(p, study.unique_token) for p in prompts], rows))
+    return found
+
+
+def write_grids(found: Sequence[Gallery], output: Path) -> list[Path]:
+    """Writes each gallery as one PNG, methods by prompts; returns the files."""
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for gallery in found:
+        size = next(picture.size for pictures in gallery.rows.values() for picture in pictures if picture)
+        blank = Image.new("RGB", size, "white")
+        rows = {label: [picture or blank for picture in pictures] for label, pictures in gallery.rows.items()}
+        paths.append(folder / f"{gallery.subject}-{gallery.title.replace(' ', '-')}.png")
+        picture_grid(rows, list(gallery.prompts)).save(paths[-1])
+    return paths
+
+
+def write_report(
+    study: Study, subjects: Mapping[str, Subject], choices: Mapping[str, Choice], table: Table, output: Path
+) -> None:
+    """Writes the PNG grids and report.html.
+
+    Args:
+        study: the comparison.
+        subjects: all of them by name.
+        choices: the learning rates.
+        table: its figures.
+        output: folder of the comparison.
+    """
+    found = galleries(study, subjects, choices, output)
+    grids = [str(path.relative_to(output)) for path in write_grids(found, output)]
+    environment = Environment(
+        loader=PackageLoader("cersa_diffusion.study", "."), autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals |= {"cell": cell, "data_uri": data_uri, "strip": strip}
+    scores = table.measured(SCORES)
+    html = environment.get_template("report.html.jinja").render(
+        study=study,
+        subjects=subjects,
+        table=table,
+        choices=choices,
+        better="higher" if SELECTABLE[study.select_by] else "lower",
+        score_columns=scores,
+        cost_columns=table.measured((*SIZES, *COSTS)),
+        plotted=[measure for measure in scores if measure.name in PLOTTED],
+        all=ALL,
+        galleries=list(zip(found, grids, strict=True)),
+        settings=json.dumps({k: v for k, v in study.to_dict().items() if k != "root"}, indent=2, ensure_ascii=False),
+    )
+    write_atomically(output / "report.html", html + "\n")
+
+
+def strip(table: Table, measure: Measure) -> dict:
+    """What a strip plot needs: the axis, and by row the position in percent of the mean and of every cell.
+
+    Args:
+        table: the figures.
+        measure: which of them.
+    """
+    lines = [line for line in table.of(ALL) if measure.name in line.figures]
+    values = [value for line in lines for value in line.figures[measure.name].values]
+    low, high = min(values), max(values)
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2) if high > low else 50.0
+
+    def points(line: Line) -> dict:
+        figure: Figure = line.figures[measure.name]
+        return {"row": line.row, "mean": place(figure.mean), "values": [place(value) for value in figure.values]}
+
+    return {"low": f"{low:.{measure.digits}f}", "high": f"{high:.{measure.digits}f}", "lines": [points(line) for line in lines]}
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture inside the HTML, not larger than it is shown."""
+    picture = picture.copy()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, format="WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

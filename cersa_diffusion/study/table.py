@@ -1,0 +1,246 @@
+"""The table of a comparison: mean and spread of every measure for every row, as CSV, Markdown and JSON."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cersa_diffusion.metrics.evaluation import DIGITS
+from cersa_diffusion.study.cells import TRAINING_FILE, Cell, base_cell, read_result, write_atomically, write_json
+from cersa_diffusion.study.definition import Study
+from cersa_diffusion.study.subjects import TEST, Subject
+from cersa_diffusion.study.tuning import Choice
+from cersa_diffusion.text import markdown_table
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column.
+
+    Args:
+        name: in results and files.
+        title: in tables; "{vision}" stands for what the vision transformer is.
+        better: "higher", "lower", or nothing.
+        digits: after the point.
+        unit: by which the value is divided.
+    """
+
+    name: str
+    title: str
+    better: str = ""
+    digits: int = 3
+    unit: float = 1
+
+
+SCORES = (
+    Measure("clipscore", "CLIPScore", "higher", 2),
+    Measure("clip_i", "CLIP-I", "higher"),
+    Measure("similarity", "{vision}", "higher"),
+    Measure("distance", "distance", "lower"),
+    Measure("drift_latent", "drift", "lower"),
+    Measure("drift_clip", "drift, CLIP", "lower"),
+    Measure("drift_similarity", "drift, {vision}", "lower"),
+    Measure("diversity_clip", "diversity, CLIP", "higher"),
+    Measure("diversity_similarity", "diversity, {vision}", "higher"),
+)
+SIZES = (
+    Measure("trainable_parameters", "trained, M", "", 3, 1e6),
+    Measure("trained_bytes", "bytes trained, MiB", "", 1, 2**20),
+    Measure("file_bytes", "file, MiB", "", 2, 2**20),
+)
+# What no second run repeats to the last digit: in files of their own, so that the table is the same byte for byte.
+COSTS = (
+    Measure("seconds", "training, s", "", 0),
+    Measure("prepare_seconds", "preparing, s", "", 1),
+    Measure("peak_memory_bytes", "peak memory, MiB", "", 0, 2**20),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measure of a row.
+
+    Args:
+        mean: over the cells.
+        spread: their sample standard deviation; None of a single cell.
+        values: of the cells, by subject and seed.
+    """
+
+    mean: float
+    spread: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Figure":
+        """From the values of the cells."""
+        spread = round(statistics.stdev(values), DIGITS) if len(values) > 1 else None
+        return cls(round(statistics.fmean(values), DIGITS), spread, tuple(values))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row over one subject or over all.
+
+    Args:
+        row: its name.
+        subject: its name, or "all".
+        rate: learning rate, or None.
+        figures: measure -> its figure; without those that cannot be measured.
+        cells: how many cells were scored.
+        diverged: how many trainings had a loss that was not finite.
+    """
+
+    row: str
+    subject: str
+    rate: float | None
+    figures: Mapping[str, Figure]
+    cells: int
+    diverged: int
+
+    def to_dict(self) -> dict:
+        """Everything but the costs, as plain values for JSON."""
+        costs = {measure.name for measure in COSTS}
+        figures = {name: vars(figure) | {"values": list(figure.values)} for name, figure in self.figures.items()}
+        shown = {name: figure for name, figure in figures.items() if name not in costs}
+        return vars(self) | {"figures": shown}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table; ``str()`` is Markdown.
+
+    Args:
+        lines: by row, first over all subjects, then subject by subject.
+        vision: what the vision transformer's features are called.
+        choices: how the learning rates were picked.
+    """
+
+    lines: Sequence[Line]
+    vision: str
+    choices: Mapping[str, Choice]
+
+    def title(self, measure: Measure) -> str:
+        """Heading of a column."""
+        return measure.title.format(vision=self.vision)
+
+    def measured(self, measures: Sequence[Measure]) -> list[Measure]:
+        """Those of the measures that any row has."""
+        return [measure for measure in measures if any(measure.name in line.figures for line in self.lines)]
+
+    def of(self, subject: str) -> list[Line]:
+        """The lines of a subject, or of "all"."""
+        return [line for line in self.lines if line.subject == subject]
+
+    def render(self, measures: Sequence[Measure], subject: str = ALL) -> str:
+        """A table in Markdown: mean ± spread.
+
+        Args:
+            measures: its columns.
+            subject: whose lines.
+        """
+        measures = self.measured(measures)
+        header = ["", "rate", *(self.title(measure) for measure in measures)]
+        rows = [
+            [self._label(line), f"{line.rate:g}" if line.rate else "-", *(cell(line, measure) for measure in measures)]
+            for line in self.of(subject)
+        ]
+        return markdown_table(header, rows)
+
+    def _label(self, line: Line) -> str:
+        return f"{line.row} ({line.diverged} diverged)" if line.diverged else line.row
+
+    def __str__(self) -> str:
+        parts = [self.render((*SCORES, *SIZES))]
+        subjects = list(dict.fromkeys(line.subject for line in self.lines if line.subject != ALL))
+        if len(subjects) > 1:
+            parts += [f"{subject}:\n\n{self.render(SCORES, subject)}" for subject in subjects]
+        return "\n\n".join(parts)
+
+    def write(self, output: Path) -> None:
+        """Writes table.md, table.csv and table.json, and the costs as costs.md and costs.csv.
+
+        Args:
+            output: the folder.
+        """
+        write_atomically(output / "table.md", f"{self}\n")
+        write_atomically(output / "table.csv", self._csv((*SCORES, *SIZES)))
+        write_atomically(output / "costs.md", f"{self.render(COSTS)}\n")
+        write_atomically(output / "costs.csv", self._csv(COSTS))
+        rates = {
+            name: {"rate": choice.rate, "candidates": [[rate, score] for rate, score in choice.scores.items()]}
+            for name, choice in self.choices.items()
+        }
+        write_json(output / "table.json", {"lines": [line.to_dict() for line in self.lines], "learning_rates": rates})
+
+    def _csv(self, measures: Sequence[Measure]) -> str:
+        measures, file = self.measured(measures), io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        spreads = [name for measure in measures for name in (measure.name, f"{measure.name}_spread")]
+        writer.writerow(["row", "subject", "learning_rate", "cells", "diverged", *spreads])
+        for line in self.lines:
+            figures = [line.figures.get(measure.name) for measure in measures]
+            values = [value for figure in figures for value in ((figure.mean, figure.spread) if figure else (None, None))]
+            writer.writerow([line.row, line.subject, line.rate, line.cells, line.diverged, *values])
+        return file.getvalue()
+
+
+def cell(line: Line, measure: Measure) -> str:
+    """Mean and spread in words; a dash for what was not measured.
+
+    Args:
+        line: the row.
+        measure: the column.
+    """
+    figure = line.figures.get(measure.name)
+    if figure is None:
+        return "-"
+    mean = f"{figure.mean / measure.unit:.{measure.digits}f}"
+    # What does not depend on the seed needs no spread.
+    return f"{mean} ± {figure.spread / measure.unit:.{measure.digits}f}" if figure.spread and measure not in SIZES else mean
+
+
+def collect(study: Study, subjects: Mapping[str, Subject], choices: Mapping[str, Choice], output: Path) -> Table:
+    """The table of a finished comparison.
+
+    Args:
+        study: the comparison.
+        subjects: all of them by name.
+        choices: the learning rates.
+        output: its folder.
+    """
+    lines = []
+    for row in study.rows:
+        rate = choices[row.name].rate if row.trained else None
+        seeds = range(study.seeds) if row.trained else (None,)
+        by_subject = {
+            name: [_values(study, Cell(name, row.name, rate, seed), subject, output) for seed in seeds]
+            for name, subject in subjects.items()
+        }
+        lines.append(_line(row.name, ALL, rate, [cell for cells in by_subject.values() for cell in cells]))
+        lines += [_line(row.name, name, rate, cells) for name, cells in by_subject.items()]
+    name, subject = next(iter(subjects.items()))
+    vision = read_result(study, base_cell(name), subject, base_cell(name).result_file(output, TEST))["vision"]
+    return Table(lines, vision, choices)
+
+
+def _values(study: Study, cell: Cell, subject: Subject, output: Path) -> dict[str, float] | None:
+    """Measure -> value of a cell, costs included; None where its training diverged."""
+    result = read_result(study, cell, subject, cell.result_file(output, TEST))
+    if "failed" in result:
+        return None
+    costs = {}
+    if cell.rate is not None:
+        facts = read_result(study, cell, subject, cell.folder(output) / TRAINING_FILE)
+        costs = {measure.name: facts[measure.name] for measure in (*SIZES, *COSTS)}
+    return result["measures"] | costs
+
+
+def _line(row: str, subject: str, rate: float | None, cells: Sequence[Mapping[str, float] | None]) -> Line:
+    scored = [cell for cell in cells if cell is not None]
+    names = [m.name for m in (*SCORES, *SIZES, *COSTS) if scored and all(m.name in cell for cell in scored)]
+    figures = {name: Figure.of([cell[name] for cell in scored]) for name in names}
+    return Line(row, subject, rate, figures, len(scored), len(cells) - len(scored))

@@ -1,0 +1,185 @@
+"""One cell in a process of its own: trains what is not trained yet, draws and scores. Started by the engines."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from filelock import FileLock
+from transformers.utils import logging as transformers_logging
+
+from cersa_diffusion.errors import CersaError, NonFiniteError
+from cersa_diffusion.metrics.embedding import scoring_device
+from cersa_diffusion.pipelines.open import load_base
+from cersa_diffusion.study.cells import CLASS_PICTURES, TRAINING_FILE, Cell, base_cell, cell_settings, write_json
+from cersa_diffusion.study.definition import Study
+from cersa_diffusion.study.judging import judge
+from cersa_diffusion.study.preflight import preflight
+from cersa_diffusion.study.subjects import Subject
+from cersa_diffusion.training import (
+    DreamBoothConfig,
+    RunStart,
+    TrainingCallback,
+    TrainingStopped,
+    TrainResult,
+    load_result,
+    train_dreambooth,
+)
+from cersa_diffusion.training.callbacks import ProgressBar
+from cersa_diffusion.training.data.classes import sample_class_pictures
+from cersa_diffusion.training.methods import CersaMethod
+from cersa_diffusion.training.run.result import RESULT_FILE
+
+CLOCK_FILE = "clock.json"
+
+
+class Clock(TrainingCallback):
+    """Seconds and peak memory of a training over all the calls that it took, kept with its checkpoints.
+
+    Args:
+        path: file of what was measured up to each checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.marks = json.loads(path.read_text()) if path.exists() else {}
+        self.peak = 0
+
+    def on_start(self, start: RunStart) -> None:
+        self.before = self.marks.get(str(start.first_step), {"seconds": 0.0, "peak": 0})
+        self.start = time.perf_counter()
+
+    def on_step(self, progress) -> None:
+        self.peak = progress.peak_memory
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        seconds = self.before["seconds"] + time.perf_counter() - self.start
+        self.marks[str(step)] = {"seconds": seconds, "peak": max(self.peak, self.before["peak"])}
+        write_json(self.path, self.marks)
+
+
+def train(config: DreamBoothConfig, folder: Path) -> dict:
+    """Trains a cell, from its newest checkpoint if it was cut off.
+
+    Args:
+        config: the settings.
+        folder: of the cell.
+
+    Returns:
+        What was trained and what it took.
+    """
+    run, clock = Path(config.output_dir), Clock(folder / CLOCK_FILE)
+    if (run / RESULT_FILE).is_file():
+        result, before = TrainResult.read(run), {"seconds": 0.0, "peak": 0}
+    else:
+        result = train_dreambooth(config, [ProgressBar(config), clock])
+        before = clock.before
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {
+        "weights": os.path.relpath(result.weights_path, folder),
+        "trainable_parameters": result.trainable_parameters,
+        "trained_bytes": result.weight_bytes + result.gradient_bytes + result.optimizer_bytes,
+        "file_bytes": result.file_bytes,
+        "seconds": round(before["seconds"] + result.seconds, 2),
+        "prepare_seconds": round(result.decompose_seconds, 2),
+        "peak_memory_bytes": max(result.peak_memory_bytes, before["peak"]),
+    }
+
+
+def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
+    """The base, which also draws the class pictures that all trainings share, or the truncated base."""
+    pipeline, row = load_base(study.place(study.base)), study.row(cell.row)
+    config = study.config(row, subject, class_data_dir=_class_pictures(cell, output))
+    if cell == base_cell(cell.subject):
+        pipeline.to(scoring_device(None))
+        if config.with_prior_preservation:
+            sample_class_pictures(pipeline, config)
+        return pipeline
+    names = config.family.text_encoders if config.train_text_encoder else ()
+    components = {name: getattr(pipeline, name) for name in ("unet", *names)}
+    method = CersaMethod(config)
+    method.plan(components, torch.float32)
+    for name, model in components.items():
+        print(f"{name}: {method.prepare(name, model)}", flush=True)
+    return pipeline
+
+
+def open_trained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
+    """The cell's model in a fresh pipeline, trained first if it is not yet."""
+    folder, row = cell.folder(output), study.row(cell.row)
+    if not (folder / TRAINING_FILE).is_file():
+        config = study.config(
+            row, subject, learning_rate=cell.rate, seed=cell.seed, output_dir=str(folder / "run"),
+            class_data_dir=_class_pictures(cell, output),
+        )  # fmt: skip
+        facts = train(config, folder)
+        write_json(folder / TRAINING_FILE, facts | {"made_with": cell_settings(study, cell, subject)})
+    facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    return load_result(row.method, folder / facts["weights"], study.place(study.base))
+
+
+def run_cell(study: Study, cell: Cell, part: str, output: Path) -> None:
+    """Does what is missing of a part of a cell; a training whose loss is not finite is a result, too.
+
+    Args:
+        study: the comparison.
+        cell: the cell.
+        part: "validation" or "test".
+        output: folder of the comparison.
+    """
+    path = cell.result_file(output, part)
+    cell.folder(output).mkdir(parents=True, exist_ok=True)
+    # A process that a killed comparison left behind may still be at it.
+    with FileLock(cell.folder(output) / "lock"):
+        if path.exists():
+            return
+        subject = study.read_subjects()[cell.subject]
+        try:
+            pipeline = (open_untrained if cell.rate is None else open_trained)(study, cell, subject, output)
+        except NonFiniteError as error:
+            outcome = {"failed": str(error)}
+        else:
+            pipeline.set_progress_bar_config(disable=True)
+            outcome = judge(study, cell, subject, part, pipeline.to(scoring_device(None)), output)
+        write_json(path, outcome | {"made_with": cell_settings(study, cell, subject)})
+
+
+def _class_pictures(cell: Cell, output: Path) -> str:
+    return str(base_cell(cell.subject).folder(output) / CLASS_PICTURES)
+
+
+def main() -> None:
+    """The command line that the engines use."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path, help="study.json")
+    parser.add_argument("--preflight", type=Path, help="only check that everything loads; write the rows of matched memory there")
+    parser.add_argument("--cell", help="subject, row, rate and seed, as JSON")
+    parser.add_argument("--part", help="validation or test")
+    parser.add_argument("--output", type=Path, help="folder of the comparison")
+    arguments = parser.parse_args()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        values = json.loads(arguments.study.read_text(encoding="utf-8"))
+        study = Study.from_dict(values.get("study", values))
+        if arguments.preflight:
+            preflight(study, arguments.preflight)
+        else:
+            run_cell(study, Cell(*json.loads(arguments.cell)), arguments.part, arguments.output)
+    except (CersaError, TrainingStopped) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"stopped: {stop}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The class pictures of prior preservation, drawn by the base."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from cersa_diffusion.errors import NonFiniteError
+from cersa_diffusion.pictures import picture_paths
+from cersa_diffusion.pipelines.draw import decode
+from cersa_diffusion.training.settings.config import DreamBoothConfig
+
+
+def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> None:
+    """Fills the class folder up to `num_class_images` with lossless pictures by the base model; picture i has its own seed.
+
+    Args:
+        pipeline: the base.
+        config: the settings.
+    """
+    folder = Path(config.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    present = len(picture_paths(folder, "class_data_dir")) if any(folder.iterdir()) else 0
+    # Beyond the last number: what was deleted for its looks would come back from the same seed.
+    numbered = [int(path.stem[6:]) for path in folder.glob("class-*.png") if path.stem[6:].isdigit()]
+    first = max(present, *(number + 1 for number in numbered), 0)
+    missing = range(first, first + config.num_class_images - present)
+    pipeline.set_progress_bar_config(disable=True)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.prior_generation_precision)
+    precision = torch.autocast(pipeline.device.type, dtype) if dtype else contextlib.nullcontext()
+    with tqdm(total=len(missing), desc="class pictures", unit="picture", disable=not missing) as bar, precision:
+        for start in range(0, len(missing), config.sample_batch_size):
+            numbers = missing[start : start + config.sample_batch_size]
+            generators = [torch.Generator().manual_seed(config.seed * 100_003 + number) for number in numbers]
+            latents = pipeline(
+                [config.class_prompt] * len(numbers),
+                generator=generators,
+                height=config.resolution,
+                width=config.resolution,
+                output_type="latent",
+            ).images
+            decoded = decode(pipeline, latents)
+            if not torch.isfinite(decoded).all():
+                raise NonFiniteError(
+                    f"class pictures {numbers[0]} to {numbers[-1]} hold NaN or infinity: choose another "
+                    f"prior_generation_precision ({config.prior_generation_precision})"
+                )
+            for number, picture in zip(numbers, pipeline.image_processor.postprocess(decoded), strict=True):
+                temporary = folder / f".class-{number:05d}.tmp"
+                picture.save(temporary, format="PNG")
+                temporary.rename(folder / f"class-{number:05d}.png")
+            bar.update(len(numbers))

@@ -1,0 +1,406 @@
+"""The models of a run, prepared for its method, and the loop over the steps. One loop for all methods."""
+
+import math
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cersa_diffusion.errors import CersaError, NonFiniteError
+from cersa_diffusion.files import staged_folder
+from cersa_diffusion.layers.model import trainable_parameters
+from cersa_diffusion.pipelines.tokens import pipeline_tokens
+from cersa_diffusion.private_names import enable_gradient_checkpointing
+from cersa_diffusion.processes import any_process, share_bases
+from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped
+from cersa_diffusion.training.checkpoints.folder import TrainingState, load_checkpoint, skip_model_weights
+from cersa_diffusion.training.checkpoints.keeper import CheckpointKeeper
+from cersa_diffusion.training.data.captions import Example, caption_summary
+from cersa_diffusion.training.data.dataset import DreamBoothDataset, collate
+from cersa_diffusion.training.data.latent_cache import LatentCache, cache_latents, cache_text_embeddings
+from cersa_diffusion.training.methods import METHODS
+from cersa_diffusion.training.run import previews
+from cersa_diffusion.training.run.interrupt import StopRequest
+from cersa_diffusion.training.run.loss import DreamBoothLoss
+from cersa_diffusion.training.run.memory import memory_table, peak_memory, planned_memory, tensor_bytes
+from cersa_diffusion.training.run.optimizers import make_optimizer
+from cersa_diffusion.training.run.rates import keep_rates
+from cersa_diffusion.training.run.result import TrainResult, size_on_disk
+from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
+from cersa_diffusion.training.settings.config import DreamBoothConfig
+
+# What the header of the result says of the run.
+SHOWN_SETTINGS = ("method", "learning_rate", "text_encoder_lr", "optimizer", "train_batch_size", "gradient_accumulation_steps",
+                  "resolution", "seed", "instance_prompt", "class_prompt", "use_ema")  # fmt: skip
+
+
+class DreamBoothRun:
+    """The models of a run, prepared for its method, and the training steps.
+
+    Args:
+        config: the settings.
+        base: the base pipeline; its models are changed in place.
+        accelerator: device, precision and processes.
+        instance: pictures of the subject.
+        classes: class pictures, empty without prior preservation.
+    """
+
+    def __init__(
+        self,
+        config: DreamBoothConfig,
+        base: DiffusionPipeline,
+        accelerator: Accelerator,
+        instance: list[Example],
+        classes: Sequence[Example] = (),
+    ):
+        self.config, self.base, self.accelerator = config, base.to(accelerator.device), accelerator
+        self.instance, self.classes = instance, list(classes)
+        self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
+        self.samples_per_step = config.samples_per_step(accelerator.num_processes)
+        self.method = METHODS[config.method](config)
+        encoders = config.family.text_encoders if config.train_text_encoder else ()
+        self.components: dict[str, nn.Module] = {name: getattr(base, name) for name in ("unet", *encoders)}
+        for model in (base.vae, base.unet, *(getattr(base, name) for name in config.family.text_encoders)):
+            model.requires_grad_(False)
+        self._prepare_models()
+        groups = [
+            {"params": trainable_parameters(model), "lr": config.rate(name, accelerator.num_processes)}
+            for name, model in self.components.items()
+        ]
+        self.optimizer = make_optimizer(config, groups)
+        self.average = EMAModel(self.trained(), decay=config.ema_decay) if config.use_ema else None
+        self.seconds, self.losses, self.pictures_per_second = 0.0, [], 0.0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the models compute in."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def trained(self) -> list[nn.Parameter]:
+        """All parameters that are trained."""
+        return [parameter for model in self.components.values() for parameter in trainable_parameters(model)]
+
+    def _prepare_models(self) -> None:
+        """Plans the memory, changes the models for the method, and measures what truncation costs."""
+        config, reporting = self.config, self.accelerator.is_main_process
+        start = time.perf_counter()
+        self.planned = self._planned_memory() if reporting else {}
+        self._fill_caches()
+        probed = config.method == "cersa" and reporting
+        base_loss = self._probe() if probed else None
+        # Here and not earlier: what a method draws at its start depends on nothing but the seed.
+        set_seed(config.seed)
+        self.method.plan(self.components, self.compute_dtype)
+        lines = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
+        self._set_precision()
+        share_bases(self.components)
+        self.truncation = None
+        if probed:
+            self.truncation = TruncationCost.of(self.method.reports, base_loss, self._probe())
+            lines.append(str(self.truncation))
+        self.description = [caption_summary(self.instance, config), *lines]
+        self.prepare_seconds = time.perf_counter() - start
+        if reporting:
+            self.description.append(memory_table(self.planned, config, self.compute_dtype))
+
+    def _fill_caches(self) -> None:
+        """Encodes pictures and prompts, if that was asked for, and puts the models that are then idle away on the CPU."""
+        config, base, show = self.config, self.base, self.accelerator.is_main_process
+        self.latents: LatentCache | None = None
+        embeddings = None
+        if config.cache_latents:
+            self.latents = cache_latents(self.instance, self.classes, config, base.vae, show_progress=show)
+            base.vae.to("cpu")
+        if config.pre_compute_text_embeddings:
+            prompts = [example.prompt for example in (*self.instance, *self.classes)]
+            embeddings = cache_text_embeddings(prompts, config, base, show_progress=show)
+            for name in config.family.text_encoders:
+                getattr(base, name).to("cpu")
+        self.loss = DreamBoothLoss(config, base, self.accelerator.device, embeddings)
+
+    def _planned_memory(self) -> dict:
+        config = self.config
+        pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+        tokens = pipeline_tokens(self.base, pictures, config.resolution)
+        return planned_memory(config, self.method, self.components, dtype=self.compute_dtype, tokens=tokens)
+
+    def _probe(self) -> float:
+        return probe_loss(self.loss, self.instance, self.components, self.accelerator.autocast(), self.latents)
+
+    def _set_precision(self) -> None:
+        dtype, config = self.compute_dtype, self.config
+        if dtype != torch.float32:
+            for name in ("unet", *config.family.text_encoders):
+                if name in self.components:
+                    self.method.cast_frozen(name, self.components[name], dtype)
+                else:
+                    getattr(self.base, name).to(dtype=dtype)
+        if config.gradient_checkpointing:
+            for model in self.components.values():
+                enable_gradient_checkpointing(model)
+
+    def fit(
+        self,
+        output_dir: Path,
+        checkpoint: Path | None = None,
+        callbacks: Sequence[TrainingCallback] = (),
+        stop: StopRequest | None = None,
+    ) -> None:
+        """Trains to the last step, from a checkpoint if one is given, and writes a checkpoint of the last step.
+
+        Args:
+            output_dir: folder of the run.
+            checkpoint: to go on from.
+            callbacks: are told, on the main process, what happens.
+            stop: is asked after every step whether to end; None: nobody asks.
+
+        Raises:
+            NonFiniteError: loss, gradient or weights became NaN or infinite; the last state before that is in a checkpoint.
+            CersaError: the checkpoint to stop with cannot be written anywhere.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
+            TrainingStopped: a callback asked for it, when the checkpoint is written.
+        """
+        self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
+        self._prepare_for_accelerate()
+        state = TrainingState(self.accelerator, self.components, self.optimizer, self.average)
+        self.keeper = CheckpointKeeper(self.config, state, output_dir, self.callbacks)
+        step = first = self._resume(state, checkpoint) if checkpoint else 0
+        if self.average is not None:
+            # accelerate loads what is registered onto the CPU.
+            self.average.to(self.accelerator.device)
+        self._announce(step)
+        if step == 0:
+            self._preview(output_dir, step)
+        start = time.perf_counter()
+        try:
+            for loss in self._steps(step):
+                step += 1
+                self.losses.append(loss)
+                self.seconds += time.perf_counter() - start
+                self._tell(step, (step - first) / self.seconds)
+                self._after_step(output_dir, step, stop)
+                # Previews and checkpoints are not the time of the steps.
+                start = time.perf_counter()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{self.keeper.keep_good(step, step > first)}") from error
+
+    def _resume(self, state: TrainingState, checkpoint: Path) -> int:
+        """Puts a checkpoint's state back, but for the learning rates; returns the number of steps it has done."""
+        schedule = self.scheduler.scheduler
+        rates = schedule.base_lrs
+        step = load_checkpoint(state, checkpoint)
+        keep_rates(schedule, rates, step)
+        return step
+
+    def _after_step(self, output_dir: Path, step: int, stop: StopRequest | None) -> None:
+        """Ends the run where that was asked for; writes checkpoints and previews where they are due."""
+        last = step == self.total_steps
+        asked = any(callback.should_stop() for callback in self.callbacks)
+        if not last and self._agreed(asked or (stop is not None and stop.requested)):
+            ending = TrainingStopped if self._agreed(asked) else KeyboardInterrupt
+            folder = self.keeper.keep_last(step)
+            raise ending(f"stopped after step {step}; {folder.name} is in {folder.parent}")
+        if last:
+            try:
+                self.keeper.keep_last(step)
+            except NonFiniteError:
+                raise
+            except CersaError as error:
+                # The result is smaller: there may be room for it.
+                warnings.warn(f"{error}; the result is written all the same", stacklevel=2)
+        elif step % self.config.checkpointing_steps == 0:
+            self.keeper.keep(step)
+        if not last and step % self.config.validation_steps == 0:
+            self._preview(output_dir, step)
+
+    def put_away(self) -> None:
+        """Gives the device's memory back when all is saved: models go to the CPU, optimizer and average are dropped."""
+        for model in (*self.components.values(), *self.base.components.values()):
+            if isinstance(model, nn.Module):
+                model.to("cpu")
+        self.optimizer = self.scheduler = self.average = None
+        self.prepared = {}
+        self.accelerator.free_memory()
+
+    def _prepare_for_accelerate(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        # accelerate steps the scheduler once for every process.
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=self.total_steps * accelerator.num_processes,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        skip_model_weights(accelerator)
+        if self.average is not None:
+            self.average.to(accelerator.device)
+            accelerator.register_for_checkpointing(self.average)
+        *models, self.optimizer, self.scheduler = accelerator.prepare(*self.components.values(), self.optimizer, scheduler)
+        self.prepared = dict(zip(self.components, models, strict=True))
+        for model in models:
+            model.train()
+
+    def _steps(self, step: int) -> Iterator[float]:
+        """Does the steps from this one on; yields the loss of each, a mean over its batches and the processes."""
+        accelerator, models, losses = self.accelerator, list(self.prepared.values()), []
+        batches = accelerator.prepare(self._batches(step, self.total_steps))
+        for batch in batches:
+            with accelerator.accumulate(*models):
+                loss = self.loss(batch, self.prepared)
+                losses.append(loss.detach())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.trained(), self.config.max_grad_norm)
+                    step, mean = step + 1, accelerator.reduce(torch.stack(losses).mean(), "mean")
+                    value = self._checked(mean, norm, step)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                if self.average is not None:
+                    self.average.step(self.trained())
+                yield value
+                losses = []
+
+    def _batches(self, first_step: int, last_step: int) -> DataLoader:
+        dataset = DreamBoothDataset(
+            self.instance,
+            self.classes,
+            self.config,
+            first=first_step * self.samples_per_step,
+            last=last_step * self.samples_per_step,
+            samples_per_step=self.samples_per_step,
+            latents=self.latents,
+        )
+        config = self.config
+        return DataLoader(
+            dataset, batch_size=config.train_batch_size, collate_fn=collate, num_workers=config.dataloader_num_workers
+        )
+
+    def _announce(self, step: int) -> None:
+        seconds = self._trial() * self.config.gradient_accumulation_steps * (self.total_steps - step)
+        shown = self.samples_per_step * (2 if self.config.with_prior_preservation else 1)
+        epochs = self.total_steps * self.samples_per_step / len(self.instance) / self.config.repeats
+        going_on = f", going on after step {step}" if step else ""
+        self.description.append(
+            f"{self.total_steps} steps of {shown} pictures ({epochs:.0f} epochs){going_on}: about {_duration(seconds)}"
+        )
+        for callback in self.callbacks:
+            callback.on_start(RunStart(tuple(self.description), self.planned, step, self.total_steps, seconds))
+
+    def _trial(self) -> float:
+        """Seconds of one batch forward and backward; changes nothing."""
+        batch = collate([self._batches(0, 1).dataset[number] for number in range(self.config.train_batch_size)])
+        cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=cuda):
+            self.loss(batch, self.prepared).backward()
+        if cuda:
+            torch.cuda.synchronize(cuda[0])
+        seconds = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        return seconds
+
+    def _tell(self, step: int, steps_per_second: float) -> None:
+        shown = self.samples_per_step * (2 if self.config.with_prior_preservation else 1)
+        self.pictures_per_second = steps_per_second * shown
+        rates = self.scheduler.get_last_lr()
+        values = {"loss": self.losses[-1]} | {f"lr/{name}": rate for name, rate in zip(self.components, rates, strict=True)}
+        self.accelerator.log(values, step=step)
+        progress = StepProgress(
+            step, self.total_steps, self.losses[-1], rates[0], self.pictures_per_second, peak_memory(self.accelerator.device)
+        )
+        for callback in self.callbacks:
+            callback.on_step(progress)
+
+    def _preview(self, output_dir: Path, step: int) -> None:
+        if self.config.validation_prompt and self.accelerator.is_main_process:
+            pictures = previews.preview(self.base, self.config, self.accelerator, self.trained(), self.average)
+            try:
+                previews.save(pictures, output_dir / previews.FOLDER / f"step-{step:06d}")
+            except OSError as error:
+                warnings.warn(f"the previews of step {step} cannot be written ({error}); the run goes on", stacklevel=2)
+            previews.log_previews(self.accelerator, pictures, step, self.config.validation_prompt)
+            for callback in self.callbacks:
+                callback.on_preview(step, pictures)
+        self.accelerator.wait_for_everyone()
+
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process asks: all must stop at the same step, or the others wait for it for ever."""
+        return any_process(asked, self.accelerator.device)
+
+    def _checked(self, loss: Tensor, norm: Tensor | None, step: int) -> float:
+        """The loss of a step as a number, before the optimizer uses its gradient."""
+        # With a loss scaler an infinite gradient is nothing unusual: it skips such steps itself.
+        known = norm if norm is not None and self.accelerator.scaler is None else loss
+        value, gradient = torch.stack([loss, known.detach().to(loss)]).tolist()
+        for name, number in (("loss", value), ("gradient", gradient)):
+            if not math.isfinite(number):
+                raise NonFiniteError(
+                    f"the {name} became {number} at step {step}: lower learning_rate ({self.config.learning_rate})"
+                )
+        return value
+
+    def save(self, output_dir: Path) -> TrainResult:
+        """Writes the result of the method, of the moving average if there is one, and says what it took.
+
+        Args:
+            output_dir: folder of the run.
+
+        Raises:
+            NonFiniteError: a trained weight holds NaN or infinity; nothing is written.
+            OSError: the disk is full; nothing is left half-written.
+        """
+        config = self.config
+        if self.average is not None:
+            self.average.copy_to(self.trained())
+        for model in self.components.values():
+            model.eval()
+        facts = {name: getattr(config, name) for name in SHOWN_SETTINGS} | {
+            "steps": self.total_steps,
+            "processes": self.accelerator.num_processes,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "python": platform.python_version(),
+        }
+        with staged_folder(output_dir) as staging:
+            weights_path = output_dir / self.method.save(self.components, staging, facts).relative_to(staging)
+        trained = self.trained()
+        held = {id(t): t for model in self.components.values() for t in (*model.parameters(), *model.buffers())}
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return TrainResult(
+            method=config.method,
+            output_dir=str(output_dir),
+            weights_path=str(weights_path),
+            steps=self.total_steps,
+            seconds=self.seconds,
+            decompose_seconds=self.prepare_seconds,
+            loss=sum(tail) / len(tail) if tail else None,
+            trainable_parameters=sum(parameter.numel() for parameter in trained),
+            weight_bytes=tensor_bytes(held.values()),
+            gradient_bytes=tensor_bytes(trained),
+            optimizer_bytes=tensor_bytes(moments),
+            peak_memory_bytes=peak_memory(self.accelerator.device),
+            pictures_per_second=self.pictures_per_second,
+            file_bytes=size_on_disk(weights_path, list(self.components)),
+            truncation=self.truncation,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,109 @@
+"""Pictures of the validation prompt, always from the same seeds: on the way by the models in training, then by the result."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+
+from cersa_diffusion.pipelines.draw import decode
+from cersa_diffusion.training.settings.config import DreamBoothConfig
+
+FOLDER = "previews"
+
+
+@torch.no_grad()
+def draw(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> list[Image.Image]:
+    """Pictures of the validation prompt, from the run's seed and those after it.
+
+    Args:
+        pipeline: its models may differ in dtype, as they do in training.
+        config: prompt, number, size, seed and steps.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for number in range(config.num_validation_images):
+        latents = pipeline(
+            config.validation_prompt,
+            num_inference_steps=config.validation_inference_steps,
+            generator=torch.Generator().manual_seed(config.seed + number),
+            height=config.resolution,
+            width=config.resolution,
+            output_type="latent",
+        ).images
+        pictures += pipeline.image_processor.postprocess(decode(pipeline, latents))
+    return pictures
+
+
+def save(pictures: Sequence[Image.Image], folder: Path) -> None:
+    """Writes pictures as 00.png, 01.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number:02d}.png")
+
+
+def preview(
+    pipeline: DiffusionPipeline,
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+    trained: Sequence[nn.Parameter],
+    average: EMAModel | None,
+) -> list[Image.Image]:
+    """Pictures by the models in training, which go on afterwards as if nothing had happened.
+
+    Args:
+        pipeline: holds the models.
+        config: the settings.
+        accelerator: device and precision.
+        trained: the parameters that are trained.
+        average: their moving average, drawn with if there is one.
+    """
+    with _at_rest(pipeline, accelerator, trained, average), accelerator.autocast():
+        return draw(pipeline, config)
+
+
+@contextlib.contextmanager
+def _at_rest(
+    pipeline: DiffusionPipeline, accelerator: Accelerator, trained: Sequence[nn.Parameter], average: EMAModel | None
+) -> Iterator[None]:
+    models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+    modes, devices = [model.training for model in models], [next(model.parameters()).device for model in models]
+    if average is not None:
+        average.store(trained)
+        average.copy_to(trained)
+    try:
+        with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+            for model in models:
+                # Models that caches made idle are put away on the CPU.
+                model.eval().to(accelerator.device)
+            yield
+    finally:
+        if average is not None:
+            average.restore(trained)
+        for model, training, device in zip(models, modes, devices, strict=True):
+            model.train(training).to(device)
+
+
+def log_previews(accelerator: Accelerator, pictures: Sequence[Image.Image], step: int, prompt: str) -> None:
+    """Hands pictures to the trackers that take them.
+
+    Args:
+        accelerator: with its trackers started.
+        pictures: of one preview.
+        step: optimizer steps done.
+        prompt: of the pictures.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            from torchvision.transforms.v2.functional import pil_to_tensor
+
+            tracker.writer.add_images("preview", torch.stack([pil_to_tensor(picture) for picture in pictures]), step)
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"preview": [wandb.Image(picture, caption=prompt) for picture in pictures]}, step=step)
