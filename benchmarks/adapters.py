@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import cersa_diffusion as cersa
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 
 # Of the LoRA beside it.
 LORA_RANK = 32
@@ -27,9 +28,9 @@ def injected(base: str, alpha: float) -> dict[str, nn.Module]:
     """The UNet and the text encoder of a base with a change in every target layer."""
     torch.manual_seed(0)
     pipeline = load_base(base)
-    for name, targets in TARGET_MODULES.items():
+    for name, targets in STABLE_DIFFUSION.trained.items():
         model = getattr(pipeline, name)
         cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=targets), show_progress=False)
         for layer in cersa_layers(model).values():
             layer.cores["default"].D.data.normal_(std=0.01)
-    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
+    return {name: getattr(pipeline, name) for name in STABLE_DIFFUSION.trained}

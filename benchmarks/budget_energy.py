@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cersa_diffusion import CersaConfig, inject_cersa
 from cersa_diffusion.config import LayerRanks
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.memory.budget import TargetLayer, allocate, survey, untouched_bytes
 from cersa_diffusion.memory.cost import cersa_memory
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.text import markdown_table
 
 BASE = Path(__file__).resolve().parents[1] / "assets" / "emoji-base"
@@ -64,7 +65,7 @@ def truncated(models: dict, ranks: dict[str, LayerRanks]) -> dict:
     copies = copy.deepcopy(models)
     for component, model in copies.items():
         own = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(f"{component}.")}
-        inject_cersa(model, CersaConfig(target_modules=TARGET_MODULES[component]), ranks=own, show_progress=False)
+        inject_cersa(model, CersaConfig(target_modules=STABLE_DIFFUSION.trained[component]), ranks=own, show_progress=False)
     return copies
 
 
@@ -82,11 +83,11 @@ def main() -> None:
 
     pipeline = load_base(arguments.base)
     pipeline.set_progress_bar_config(disable=True)
-    models = {component: getattr(pipeline, component) for component in TARGET_MODULES}
+    models = {component: getattr(pipeline, component) for component in STABLE_DIFFUSION.trained}
     targets = {
         f"{component}.{name}": (linear, CersaConfig(memory_budget=1))
         for component, model in models.items()
-        for name, linear in match_targets(model, TARGET_MODULES[component]).items()
+        for name, linear in match_targets(model, STABLE_DIFFUSION.trained[component]).items()
     }
     layers = survey(models, targets)
     others = untouched_bytes(models, [linear for linear, _ in targets.values()], None)

@@ -18,10 +18,11 @@ from adapters import LORA_RANK, injected, make_parser
 from diffusers.utils import logging
 
 import cersa_diffusion as cersa
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
 from cersa_diffusion.methods.adaptations import LoraAdaptation
 from cersa_diffusion.methods.lora_files import save_lora
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 
 
 def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) -> list[float]:
@@ -46,7 +47,7 @@ def main() -> None:
         layers = [layer for model in models.values() for layer in cersa_layers(model).values()]
         untrained = load_base(arguments.base)
         loras = {}
-        for component, targets in TARGET_MODULES.items():
+        for component, targets in STABLE_DIFFUSION.trained.items():
             loras[component] = LoraAdaptation(targets, LORA_RANK)
             loras[component].prepare(getattr(untrained, component))
 

@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 
 from cersa_diffusion import CersaConfig, MemoryPlan, plan_memory
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families.table import family_of
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.memory.budget import TargetLayer, survey
 from cersa_diffusion.memory.cost import cersa_memory
 from cersa_diffusion.memory.plot import plot_plan
-from cersa_diffusion.pipelines.families import family_of
-from cersa_diffusion.pipelines.open import default_targets
 
 # Figures are drawn to files, from threads that have no display.
 matplotlib.use("agg")
@@ -37,9 +36,9 @@ def plan_of(pipeline: DiffusionPipeline, alpha: float, lora_rank: int) -> Memory
 
 
 def _targets(pipeline: DiffusionPipeline, alpha: float) -> tuple[dict, dict[str, CersaConfig]]:
-    names = ("unet", *family_of(type(pipeline).__name__).text_encoders)
-    configs = {name: CersaConfig(alpha=alpha, target_modules=default_targets(name)) for name in names}
-    return {name: getattr(pipeline, name) for name in names}, configs
+    family = family_of(type(pipeline).__name__)
+    configs = {name: CersaConfig(alpha=alpha, target_modules=targets) for name, targets in family.trained.items()}
+    return family.components(pipeline), configs
 
 
 def surveyed(pipeline: DiffusionPipeline) -> list[TargetLayer]:

@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.pipelines.families import family_of
+from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
+from cersa_diffusion.families.table import family_of
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.methods import METHODS
@@ -123,8 +124,8 @@ class TrainForm:
                 "class_data_dir": str(output_dir / "class_pictures"),
                 "num_class_images": CLASS_PICTURES,
             }
-        sdxl = len(family_of(type(pipeline).__name__).text_encoders) > 1
-        return (DreamBoothXLConfig if sdxl else DreamBoothConfig)(**settings)
+        family = family_of(type(pipeline).__name__)
+        return (DreamBoothXLConfig if family is STABLE_DIFFUSION_XL else DreamBoothConfig)(**settings)
 
     def _method_settings(self) -> dict:
         settings: dict = {"method": self.method}
@@ -152,8 +153,7 @@ class TrainForm:
         self.check(limits)
         config = self._config(pipeline, source, Path("planned"), PRESETS.get(self.preset, {}))
         method = METHODS[config.method](config)
-        encoders = config.family.text_encoders if config.train_text_encoder else ()
-        components = {name: getattr(pipeline, name) for name in ("unet", *encoders)}
+        components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
         pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
         tokens = _tokens(pipeline, source, pictures, config.resolution)
@@ -175,8 +175,7 @@ def _tokens(pipeline: DiffusionPipeline, source: str, pictures: int, resolution:
 def _countable(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A copy that shares the weights: counting puts hooks on layers that others may be drawing with."""
     copied = copy.copy(pipeline)
-    for name in ("unet", *family_of(type(pipeline).__name__).text_encoders):
-        model = getattr(pipeline, name)
+    for name, model in family_of(type(pipeline).__name__).components(pipeline).items():
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         setattr(copied, name, copy.deepcopy(model, shared))
     return copied
@@ -184,4 +183,4 @@ def _countable(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 def native_size(pipeline: DiffusionPipeline) -> int:
     """Width and height in pixels of the pictures that a base was made for."""
-    return pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return family_of(type(pipeline).__name__).native_resolution(pipeline)

@@ -18,12 +18,13 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from cersa_diffusion import CersaConfig, ConfigError, inject_cersa
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.metrics.clip_models import TransformersClip
 from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
 from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_distance
 from cersa_diffusion.pictures import load_picture
 from cersa_diffusion.pipelines.draw import generate, picture_grid
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.text import markdown_table
 from cersa_diffusion.training.methods import load_result
 from cersa_diffusion.training.run.result import RESULT_FILE
@@ -111,7 +112,7 @@ def read_results(output: Path) -> dict[str, dict]:
 def truncated_base() -> StableDiffusionPipeline:
     """The base cut to its principal subspaces, not trained: what CERSA starts from."""
     pipeline = load_base(str(BASE))
-    for name, targets in TARGET_MODULES.items():
+    for name, targets in STABLE_DIFFUSION.trained.items():
         inject_cersa(getattr(pipeline, name), CersaConfig(alpha=ALPHA, target_modules=targets), show_progress=False)
     return pipeline
 

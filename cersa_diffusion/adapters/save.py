@@ -31,7 +31,7 @@ def save_adapter(
     """Saves the cores of one adapter as pivot blocks of the weight change.
 
     Args:
-        model: an injected model, or the components of a pipeline by name ({"unet": ..., "text_encoder": ...}).
+        model: an injected model, or the components of a pipeline by name (``{name: model}``).
         path: file to write.
         adapter_name: which cores.
         dtype: storage dtype of the blocks: float16, bfloat16 or float32.

@@ -69,12 +69,12 @@ def open_model(source: Source) -> Opened:
 
         return Opened({"model": _merged(load_classifier(folder)[0])})
     if (folder / PIPELINE_INDEX).is_file():
-        from cersa_diffusion.pipelines.families import family_of
+        from cersa_diffusion.families.table import family_of
         from cersa_diffusion.pipelines.open import load_base
 
         pipeline = load_base(str(folder))
-        names = ("unet", *family_of(type(pipeline).__name__).text_encoders)
-        return Opened({name: getattr(pipeline, name).eval() for name in names}, pipeline)
+        components = family_of(type(pipeline).__name__).components(pipeline)
+        return Opened({name: model.eval() for name, model in components.items()}, pipeline)
     return _load(folder)
 
 

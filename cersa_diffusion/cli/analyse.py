@@ -8,6 +8,7 @@ import torch
 
 from cersa_diffusion.analysis.output import Output, text_of
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.memory.cost import OPTIMIZERS
 from cersa_diffusion.memory.plot import PLOTTED_ALPHAS
 from cersa_diffusion.text import text_table
@@ -108,7 +109,7 @@ def _throughput(arguments: argparse.Namespace) -> None:
 
     methods = default_methods(arguments.alphas, arguments.ranks)
     components = open_dense(arguments.model)
-    component = "unet" if "unet" in components else "model"
+    component = next((name for name in DENOISERS if name in components), "model")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = components[component].to(device)
     targets = targets_by_component({component: model}, arguments.target_modules, "QKV")[component]

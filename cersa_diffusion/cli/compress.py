@@ -7,16 +7,14 @@ import torch
 
 from cersa_diffusion.compressed.write import compress
 from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.families.names import default_targets
 
 
 def _compress(arguments: argparse.Namespace) -> None:
     config = CersaConfig(alpha=arguments.alpha, unprofitable=arguments.unprofitable)
     if arguments.components:
-        # Imported here, as for the plan: what the trainer trains of a text encoder is what is factored of it.
-        from cersa_diffusion.pipelines.open import TARGET_MODULES
-
-        targets = {name: TARGET_MODULES["text_encoder" if "text" in name else "unet"] for name in arguments.components}
-        config = {name: replace(config, target_modules=own) for name, own in targets.items()}
+        # What the trainer trains of a component is what is factored of it.
+        config = {name: replace(config, target_modules=default_targets(name)) for name in arguments.components}
     report = compress(
         arguments.model,
         arguments.output,

@@ -15,24 +15,25 @@ from cersa_diffusion.pipelines.tokens import pipeline_tokens
 
 def _plan(arguments: argparse.Namespace) -> None:
     # Imported here: the trainer and all it needs are slow to import, and the other commands do without.
-    from cersa_diffusion.pipelines.families import family_of
-    from cersa_diffusion.pipelines.open import default_targets, load_base
+    from cersa_diffusion.families.table import family_of
+    from cersa_diffusion.pipelines.open import load_base
 
     pipeline = load_base(arguments.model)
+    family = family_of(type(pipeline).__name__)
     configs = {
         component: CersaConfig(
             alpha=arguments.alpha,
             beta=arguments.beta,
             memory_budget=arguments.memory_budget,
-            target_modules=default_targets(component),
+            target_modules=targets,
         )
-        for component in ("unet", *family_of(type(pipeline).__name__).text_encoders)
+        for component, targets in family.trained.items()
     }
     tokens = None
     if arguments.batch is not None or arguments.resolution is not None:
         tokens = pipeline_tokens(pipeline, 1 if arguments.batch is None else arguments.batch, arguments.resolution)
     plan = plan_memory(
-        {component: getattr(pipeline, component) for component in configs},
+        family.components(pipeline),
         configs,
         lora_rank=arguments.rank,
         optimizer=arguments.optimizer,

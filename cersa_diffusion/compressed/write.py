@@ -27,6 +27,7 @@ from cersa_diffusion.compressed.folder import (
 from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor, tensor_places
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.files import flush, flush_tree
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.model import check_untied, match_targets
@@ -35,7 +36,6 @@ from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.fingerprint import SINGULAR_VALUES, base_entries
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
-_DENOISERS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _components(source: Path, settings: dict[str | None, CersaConfig]) -> list[_
     components = []
     for name, config in settings.items():
         if name is None:
-            name = next((name for name in _DENOISERS if name in index), _DENOISERS[0])
+            name = next((name for name in DENOISERS if name in index), DENOISERS[0])
         components.append(_Component(name, source / name, *pipeline_entry(index, name, source), config))
     return components
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cersa_diffusion.adapters.file import AdapterFile, read_adapter_file
 from cersa_diffusion.adapters.load import load_adapter
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.families.names import KOHYA_PREFIXES, is_text_encoder
 from cersa_diffusion.files import atomic_write, safetensors_bytes
 from cersa_diffusion.functional import float64
 from cersa_diffusion.inject import restore_base
@@ -29,7 +30,6 @@ from cersa_diffusion.layers.model import cersa_layers, components_of
 from cersa_diffusion.pipelines.methods import pipeline_components
 from cersa_diffusion.pipelines.open import base_pipeline
 
-KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 Format = Literal["diffusers", "kohya"]
 
 
@@ -207,7 +207,7 @@ def _kohya_file(components, factors, rank: int) -> tuple[dict[str, Tensor], dict
             raise ConfigError(
                 f"format='kohya' has no keys for {component!r}, only for {sorted(prefixes)}: use format='diffusers'"
             )
-        if component != "unet" and not name.startswith("text_model."):
+        if is_text_encoder(component) and not name.startswith("text_model."):
             name = f"text_model.{name}"
         stem = f"{prefixes[component]}_{name.replace('.', '_')}"
         tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}

@@ -197,7 +197,7 @@ def choose_ranks(
 ) -> dict[str, dict[str, LayerRanks | None]]:
     """The ranks that the settings come to, layer by layer; the components of a pipeline share one memory budget.
 
-    They are those of `plan_memory` with the same arguments. `inject_cersa` takes a component's: ``ranks=chosen["unet"]``.
+    They are those of `plan_memory` with the same arguments. `inject_cersa` takes a component's: ``ranks=chosen[component]``.
 
     Args:
         model: any torch model that is still dense, or the components of a pipeline by name.

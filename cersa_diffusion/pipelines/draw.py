@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from tqdm.auto import tqdm
 
 CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
@@ -83,17 +82,3 @@ def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
         else:
             lines[-1] = longer
     return "\n".join(lines)
-
-
-def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Pictures of latents, (count, 3, height, width) in float32 from -1 to 1.
-
-    In the autoencoder's own dtype, whatever autocast or the UNet's dtype say: SDXL's overflows in float16.
-
-    Args:
-        pipeline: whose autoencoder decodes.
-        latents: (count, channels, height / 8, width / 8), scaled as the UNet has them.
-    """
-    vae = pipeline.vae
-    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()

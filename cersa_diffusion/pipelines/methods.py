@@ -16,12 +16,11 @@ from cersa_diffusion.adapters.load import load_adapter
 from cersa_diffusion.adapters.save import save_adapter
 from cersa_diffusion.adapters.strengths import Strength
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.families.names import DENOISERS, TEXT_ENCODERS
 from cersa_diffusion.inject import restore_base
 from cersa_diffusion.layers.model import all_or_nothing, cersa_layers
 from cersa_diffusion.pipelines.hub import find_adapter_file
 from cersa_diffusion.pipelines.offload import without_offloading
-
-COMPONENT_NAMES = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def pipeline_components(pipeline) -> dict[str, nn.Module]:
@@ -30,11 +29,11 @@ def pipeline_components(pipeline) -> dict[str, nn.Module]:
     Raises:
         ConfigError: the pipeline has neither a `unet` nor a `transformer`.
     """
-    found = {name: getattr(pipeline, name, None) for name in COMPONENT_NAMES}
+    found = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *TEXT_ENCODERS)}
     # A model that went through torch.compile() is wrapped: the adapter's names are those of the model inside.
     found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
     components = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-    if not {"unet", "transformer"} & set(components):
+    if not set(DENOISERS) & set(components):
         raise ConfigError(f"{type(pipeline).__name__} has neither a unet nor a transformer to adapt")
     return components
 
@@ -175,7 +174,7 @@ def fuse_cersa(
     """Puts dense weights in the place of the CERSA layers; `unfuse_cersa` takes that back bit for bit.
 
     Args:
-        components: which models ("unet", "text_encoder", ...); all that have CERSA layers when left out.
+        components: which models, by their names in the pipeline; all that have CERSA layers when left out.
         cersa_scale: factor of all adapters, beside their own strengths.
         safe_fusing: refuse weights that hold NaN or infinity.
         adapter_names: the adapters to fuse; all active ones when left out.
@@ -230,7 +229,7 @@ def set_cersa_adapters(
         adapter_names: one or several adapters.
         adapter_weights: a strength for all of them, or a list with one for each; 1 when left out. A strength is a number or a
             mapping by component, whose values are numbers or, for a UNet, mappings by block:
-            {"text_encoder": 0.5, "unet": {"down": 1, "mid": 0.3, "up": {"block_0": 0.6, "block_1": [0, 0.5, 1]}}}.
+            {'text_encoder': 0.5, 'unet': {"down": 1, "mid": 0.3, "up": {"block_0": 0.6, "block_1": [0, 0.5, 1]}}}.
             What such a mapping leaves out is 1; a component that the pipeline does not have is ignored with a warning.
 
     Raises:

@@ -8,19 +8,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from cersa_diffusion.adapters.file import AdapterFile
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.pipelines.families import Family, family_of
-
-# Which layers are trained: all linear layers of the UNet, the attention of the text encoders.
-TARGET_MODULES = {"unet": "all-linear", "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}
-
-
-def default_targets(component: str) -> str | list[str]:
-    """Which layers of a component are trained, unless others are asked for.
-
-    Args:
-        component: "unet", "text_encoder" or "text_encoder_2".
-    """
-    return TARGET_MODULES["unet" if component == "unet" else "text_encoder"]
+from cersa_diffusion.families.base import Family
+from cersa_diffusion.families.table import family_of
 
 
 def load_base(
@@ -64,11 +53,9 @@ def load_base(
         ) from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise ConfigError(f"base {name_or_path}: its UNet takes {pipeline.unet.config.in_channels} channels (inpainting?)")
-    prediction_type = pipeline.scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"base {name_or_path}: prediction_type {prediction_type!r}, expected epsilon or v_prediction")
+    problem = found.check(pipeline)
+    if problem:
+        raise ConfigError(f"base {name_or_path}: {problem}")
     return pipeline
 
 

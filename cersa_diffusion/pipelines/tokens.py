@@ -9,38 +9,37 @@ from cersa_diffusion.private_names import FAKE_TENSOR_MODE
 
 
 def pipeline_tokens(pipeline, batch: int, resolution: int | None = None) -> dict[str, LayerInput]:
-    """What the linear layers of UNet and text encoder are given in one training step, by a forward pass without data.
+    """What the linear layers of the denoiser and the text encoders are given in one step of training, by a pass without data.
 
     Args:
         pipeline: a Stable Diffusion or SDXL pipeline.
         batch: pictures per step, the class pictures of prior preservation among them.
-        resolution: width and height of the pictures in pixels; None: what the UNet was made for.
+        resolution: width and height of the pictures in pixels; None: what the denoiser was made for.
 
     Raises:
         ConfigError: no pictures, or a resolution that the VAE cannot encode.
     """
-    # Imported here: the planner works without diffusers.
-    from cersa_diffusion.pipelines.families import family_of
+    # Imported here: diffusers is slow to import.
+    from cersa_diffusion.families.table import family_of
 
-    unet, family = pipeline.unet, family_of(type(pipeline).__name__)
+    family = family_of(type(pipeline).__name__)
     if family is None:
         raise ConfigError(f"a {type(pipeline).__name__} is of no family whose prompts can be encoded here")
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    resolution = unet.config.sample_size * factor if resolution is None else resolution
+    factor = family.pixels_per_latent(pipeline)
+    resolution = family.native_resolution(pipeline) if resolution is None else resolution
     if batch < 1:
         raise ConfigError(f"batch is {batch}, expected at least 1")
     if resolution < factor or resolution % factor:
         raise ConfigError(f"resolution is {resolution}, expected a multiple of the VAE's {factor} pixels per latent")
+    components, device = family.components(pipeline), pipeline.device
 
     def forward() -> None:
         with FAKE_TENSOR_MODE.get()(allow_non_fake_inputs=True), torch.no_grad():
-            side, device = resolution // factor, pipeline.device
+            denoiser = components[family.denoiser]
             # As in the trainer: the prompt is encoded once and shared by all pictures.
-            embeddings = family.encode(pipeline, [""], {})
-            embeddings = {name: rows.expand(batch, *rows.shape[1:]).clone() for name, rows in embeddings.items()}
-            conditions = family.unet_arguments(embeddings, torch.zeros(batch, 6, device=device))
-            latents = torch.zeros(batch, unet.config.in_channels, side, side, dtype=unet.dtype, device=device)
-            unet(latents, torch.zeros(batch, dtype=torch.long, device=device), **conditions)
+            conditions = family.collate(family.encode(pipeline, [""], {}) * batch)
+            latents = torch.zeros(batch, *family.latent_shape(pipeline, resolution), dtype=denoiser.dtype, device=device)
+            timesteps, sizes = torch.zeros(batch, dtype=torch.long, device=device), torch.zeros(batch, 6, device=device)
+            family.predict(denoiser, latents, timesteps, conditions, sizes)
 
-    components = {name: getattr(pipeline, name) for name in ("unet", *family.text_encoders)}
     return count_tokens(components, forward)

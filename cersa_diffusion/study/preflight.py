@@ -75,8 +75,7 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     matched = study.matched_memory
     if matched is None:
         return []
-    encoders = config.family.text_encoders if config.train_text_encoder else ()
-    components = {name: getattr(base, name) for name in ("unet", *encoders)}
+    components = config.family.components(base, text_encoders=config.train_text_encoder)
     lora_bytes = _lora_bytes(components, config)
     rank = matched.lora_rank or _highest_rank(lora_bytes, parse_bytes(matched.budget, "matched_memory.budget"))
     budget = str(lora_bytes(rank))

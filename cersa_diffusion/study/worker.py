@@ -103,8 +103,7 @@ def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> 
         if config.with_prior_preservation:
             sample_class_pictures(pipeline, config)
         return pipeline
-    names = config.family.text_encoders if config.train_text_encoder else ()
-    components = {name: getattr(pipeline, name) for name in ("unet", *names)}
+    components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
     method = CersaMethod(config)
     method.plan(components, torch.float32)
     for name, model in components.items():

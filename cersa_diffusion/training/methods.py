@@ -15,7 +15,7 @@ from cersa_diffusion.memory.plan import choose_ranks
 from cersa_diffusion.methods.adaptations import LORA_FAMILY, Adaptation, CersaAdaptation, FullAdaptation, LoraAdaptation
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora, save_lora
 from cersa_diffusion.pipelines.methods import load_cersa_weights
-from cersa_diffusion.pipelines.open import default_targets, load_base
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training.run.optimizers import optimizer_name
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
@@ -34,7 +34,7 @@ class Method(ABC):
 
     def targets(self, component: str) -> str | list[str]:
         """Which layers of a component are trained, as `match_targets` takes it."""
-        return self.config.target_modules(component) or default_targets(component)
+        return self.config.target_modules(component) or self.config.family.trained[component]
 
     # Most methods take every model on its own.
     def plan(self, components: dict[str, nn.Module], dtype: torch.dtype) -> None:  # noqa: B027

@@ -21,9 +21,10 @@ from transformers import AutoModel, ViTConfig, ViTForImageClassification
 import cersa_diffusion as cersa
 from cersa_diffusion import BaseMismatchError, CersaConfig, CersaLinear, ConfigError
 from cersa_diffusion.adapters.file import read_adapter_file
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.functional import Decomposition, choose_pivots
 from cersa_diffusion.layers.model import cersa_layers
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.weights.cache import LeadingFactors, leading_factors
 
 from ..conftest import DEVICE, raises, randn, warns
@@ -34,7 +35,7 @@ ALPHA = 0.8
 
 def emoji_base(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     pipeline = load_base(str(folder), dtype=dtype).to(DEVICE)
-    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
+    return {name: getattr(pipeline, name) for name in STABLE_DIFFUSION.trained}
 
 
 def emoji_loss(parts: dict[str, nn.Module]) -> torch.Tensor:
@@ -69,7 +70,7 @@ def worst_error(parts: dict[str, nn.Module], expected: dict[str, torch.Tensor]) 
 
 def inject(parts: dict[str, nn.Module]) -> None:
     for name, model in parts.items():
-        config = CersaConfig(alpha=ALPHA, target_modules=TARGET_MODULES.get(name, "all-linear"))
+        config = CersaConfig(alpha=ALPHA, target_modules=STABLE_DIFFUSION.trained.get(name, "all-linear"))
         cersa.inject_cersa(model, config, show_progress=False)
 
 

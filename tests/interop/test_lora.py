@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, ConfigError, NonFiniteError
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 
 from ..conftest import DEVICE, raises, randn, train
 
@@ -24,7 +25,7 @@ def adapted(base_path):
     """The embedded base with a changed core in every layer, its base weights kept."""
     pipeline = load_base(str(base_path)).to(DEVICE)
     torch.manual_seed(0)
-    for name, targets in TARGET_MODULES.items():
+    for name, targets in STABLE_DIFFUSION.trained.items():
         model = getattr(pipeline, name)
         cersa.inject_cersa(model, CersaConfig(alpha=0.95, beta=0.6, target_modules=targets), keep_base=True, show_progress=False)
         for layer in cersa_layers(model).values():
@@ -58,7 +59,7 @@ def test_the_stock_loader_takes_every_layer(adapted, base_path, inputs, format, 
     report = cersa.export_lora(adapted, path, rank=64, format=format, dtype=torch.float32, inputs=inputs)
     stock = StableDiffusionPipeline.from_pretrained(base_path, dtype=torch.float32, safety_checker=None).to(DEVICE)
     stock.load_lora_weights(path)
-    for name in TARGET_MODULES:
+    for name in STABLE_DIFFUSION.trained:
         model = getattr(stock, name)
         taken = {key for key, module in model.named_modules() if isinstance(module, LoraLayer)}
         assert taken == set(cersa_layers(getattr(adapted, name)))
@@ -76,7 +77,11 @@ def test_the_stock_loader_takes_every_layer(adapted, base_path, inputs, format, 
 
 
 def test_exact_on_the_truncated_base_and_reported(adapted, tmp_path):
-    rank = max(layer.cores["default"].rank for name in TARGET_MODULES for layer in cersa_layers(getattr(adapted, name)).values())
+    rank = max(
+        layer.cores["default"].rank
+        for name in STABLE_DIFFUSION.trained
+        for layer in cersa_layers(getattr(adapted, name)).values()
+    )
     report = cersa.export_lora(adapted, tmp_path / "a.safetensors", rank=rank, dtype=torch.float32)
     assert report.energy == pytest.approx(1)
     assert all(difference.truncated < 1e-4 < 1e-3 < difference.original for difference in report.differences.values())

@@ -15,8 +15,9 @@ from peft.utils import get_peft_model_state_dict
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
-from cersa_diffusion.pipelines.open import TARGET_MODULES, load_base
+from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig
 from cersa_diffusion.training.data.captions import read_examples
 from cersa_diffusion.training.run.loop import DreamBoothRun
@@ -40,7 +41,7 @@ def picture(pipeline, prompt="a 3d emoji of a fox") -> torch.Tensor:
 
 
 def parts(pipeline) -> dict[str, torch.nn.Module]:
-    return {name: getattr(pipeline, name) for name in TARGET_MODULES}
+    return {name: getattr(pipeline, name) for name in STABLE_DIFFUSION.trained}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_alpha_one_reproduces_the_picture(base_path):
     pipeline = load_base(str(base_path))
     before = picture(pipeline)
     for name, model in parts(pipeline).items():
-        cersa.inject_cersa(model, CersaConfig(alpha=1.0, target_modules=TARGET_MODULES[name]), show_progress=False)
+        cersa.inject_cersa(model, CersaConfig(alpha=1.0, target_modules=STABLE_DIFFUSION.trained[name]), show_progress=False)
     torch.testing.assert_close(picture(pipeline), before, rtol=0, atol=1e-3)
 
 
@@ -119,7 +120,7 @@ def test_strength_zero_is_the_truncated_base(base_path, changed):
     pipeline, truncated = load_base(str(base_path)), load_base(str(base_path))
     pipeline.load_cersa_weights(changed[0], strength=0.0)
     for name, model in parts(truncated).items():
-        cersa.inject_cersa(model, CersaConfig(alpha=0.9, target_modules=TARGET_MODULES[name]), show_progress=False)
+        cersa.inject_cersa(model, CersaConfig(alpha=0.9, target_modules=STABLE_DIFFUSION.trained[name]), show_progress=False)
     assert torch.equal(picture(pipeline), picture(truncated))
 
 

@@ -209,7 +209,7 @@ def test_another_text_encoder_or_tokenizer_has_entries_of_its_own(cache_folder):
     first = cache_text_embeddings(["a cat"], config, base, show_progress=False)["a cat"]
     base.tokenizer.model_max_length = 8
     shorter = cache_text_embeddings(["a cat"], config, base, show_progress=False)["a cat"]
-    assert {name: tensor.shape[1] for name, tensor in shorter.items()} == dict.fromkeys(first, 8)
+    assert {name: tensor.shape[0] for name, tensor in shorter.items()} == dict.fromkeys(first, 8)
     base.text_encoder.half()
     assert all(
         tensor.dtype == torch.float16

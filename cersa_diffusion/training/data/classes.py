@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import NonFiniteError
 from cersa_diffusion.pictures import picture_paths
-from cersa_diffusion.pipelines.draw import decode
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 
@@ -41,7 +40,7 @@ def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig)
                 width=config.resolution,
                 output_type="latent",
             ).images
-            decoded = decode(pipeline, latents)
+            decoded = config.family.decode(pipeline.vae, latents)
             if not torch.isfinite(decoded).all():
                 raise NonFiniteError(
                     f"class pictures {numbers[0]} to {numbers[-1]} hold NaN or infinity: choose another "

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import NonFiniteError
+from cersa_diffusion.families.base import Family
 from cersa_diffusion.training.data.captions import Example
 from cersa_diffusion.training.data.dataset import View, fixed_views
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 from cersa_diffusion.weights.cache import LATENTS, TEXT_EMBEDDINGS, TensorCache
 
 # Raised whenever the same inputs may give other entries.
-VERSION = "2"
+VERSION = "3"
 LatentCache = dict[View, tuple[Tensor, Tensor]]
 
 
@@ -53,15 +54,15 @@ def cache_latents(
     entries = {}
     for view in tqdm(views, desc="encoding pictures", unit="picture", disable=not show_progress):
         pixels = view.pixels()
-        found = store.get([pixels], lambda pixels=pixels: _posterior(pixels, vae), view.example.name)
+        found = store.get([pixels], lambda pixels=pixels: _posterior(pixels, config.family, vae), view.example.name)
         entries[view] = found["mean"], found["std"]
     store.trim()
     return entries
 
 
-def _posterior(pixels: Tensor, vae: nn.Module) -> dict[str, Tensor]:
-    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    return {"mean": posterior.mean[0], "std": posterior.std[0]}
+def _posterior(pixels: Tensor, family: Family, vae: nn.Module) -> dict[str, Tensor]:
+    mean, std = family.posterior(vae, pixels[None].to(vae.device, vae.dtype))
+    return {"mean": mean[0], "std": std[0]}
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def cache_text_embeddings(
     unique = list(dict.fromkeys(prompts))
     for prompt in tqdm(unique, desc="encoding prompts", unit="prompt", disable=not show_progress):
         inputs = [_token_ids(tokenizer, prompt) for tokenizer in tokenizers]
-        entries[prompt] = store.get(inputs, lambda prompt=prompt: family.encode(base, [prompt], {}), repr(prompt))
+        entries[prompt] = store.get(inputs, lambda prompt=prompt: family.encode(base, [prompt], {})[0], repr(prompt))
     store.trim()
     return entries
 

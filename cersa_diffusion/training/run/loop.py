@@ -69,9 +69,8 @@ class DreamBoothRun:
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)
         self.method = METHODS[config.method](config)
-        encoders = config.family.text_encoders if config.train_text_encoder else ()
-        self.components: dict[str, nn.Module] = {name: getattr(base, name) for name in ("unet", *encoders)}
-        for model in (base.vae, base.unet, *(getattr(base, name) for name in config.family.text_encoders)):
+        self.components = config.family.components(base, text_encoders=config.train_text_encoder)
+        for model in (base.vae, *config.family.components(base).values()):
             model.requires_grad_(False)
         self._prepare_models()
         groups = [
@@ -141,11 +140,11 @@ class DreamBoothRun:
     def _set_precision(self) -> None:
         dtype, config = self.compute_dtype, self.config
         if dtype != torch.float32:
-            for name in ("unet", *config.family.text_encoders):
+            for name, model in config.family.components(self.base).items():
                 if name in self.components:
-                    self.method.cast_frozen(name, self.components[name], dtype)
+                    self.method.cast_frozen(name, model, dtype)
                 else:
-                    getattr(self.base, name).to(dtype=dtype)
+                    model.to(dtype=dtype)
         if config.gradient_checkpointing:
             for model in self.components.values():
                 enable_gradient_checkpointing(model)

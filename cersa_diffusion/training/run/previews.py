@@ -11,7 +11,6 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from cersa_diffusion.pipelines.draw import decode
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 FOLDER = "previews"
@@ -36,7 +35,7 @@ def draw(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> list[Image.Im
             width=config.resolution,
             output_type="latent",
         ).images
-        pictures += pipeline.image_processor.postprocess(decode(pipeline, latents))
+        pictures += pipeline.image_processor.postprocess(config.family.decode(pipeline.vae, latents))
     return pictures
 
 

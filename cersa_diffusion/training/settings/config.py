@@ -6,8 +6,11 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import ClassVar, Literal
 
+from cersa_diffusion.families.base import Family
+from cersa_diffusion.families.names import is_text_encoder
+from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
+from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.methods.settings import MethodSettings
-from cersa_diffusion.pipelines.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
 from cersa_diffusion.training.settings.checks import check_config, check_types
 
 DEFAULT_STEPS = 500
@@ -156,9 +159,9 @@ class DreamBoothConfig(MethodSettings):
         """Which layers of a component were asked for, as `match_targets` takes it; None for the default.
 
         Args:
-            component: "unet", "text_encoder" or "text_encoder_2".
+            component: name in the pipeline.
         """
-        chosen = self.unet_target_modules if component == "unet" else self.text_encoder_target_modules
+        chosen = self.text_encoder_target_modules if is_text_encoder(component) else self.unet_target_modules
         if chosen is None:
             return None
         # One plain name is an ending, as it is among several; anything else that is alone is a pattern for whole names.
@@ -190,10 +193,10 @@ class DreamBoothConfig(MethodSettings):
         """Learning rate of a component.
 
         Args:
-            component: "unet", "text_encoder", ...
+            component: name in the pipeline.
             processes: that train together; matters to `scale_lr`.
         """
-        own = self.text_encoder_lr if component.startswith("text_encoder") else None
+        own = self.text_encoder_lr if is_text_encoder(component) else None
         return (self.learning_rate if own is None else own) * (self.samples_per_step(processes) if self.scale_lr else 1)
 
     def same_run(self, other: dict) -> list[str]:
