@@ -10,7 +10,7 @@ from torch import nn
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
-from cersa_diffusion.layers.kinds import as_linear, new_core, replacement
+from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
 from cersa_diffusion.layers.model import _places, cersa_layers, check_layers, fused_layers, match_targets, replace_module
 from cersa_diffusion.memory.budget import select_ranks
@@ -72,7 +72,7 @@ class InjectionReport:
 
 def _ranks_given(
     model: nn.Module,
-    targets: dict[str, nn.Linear],
+    targets: dict[str, nn.Module],
     config: CersaConfig,
     ranks: Mapping[str, LayerRanks | None] | None,
     show_progress: bool,
@@ -88,7 +88,7 @@ def _ranks_given(
         differing = sorted(set(ranks) ^ set(targets))
         raise ConfigError(f"ranks and targets differ in {len(differing)} layers, e.g. {differing[:3]}: give ranks for each")
     for name, own in ranks.items():
-        shape = tuple(targets[name].weight.shape)
+        shape = tuple(matrix_of(targets[name]).shape)
         if own is not None and not 1 <= own.core <= own.kept <= min(shape):
             raise ConfigError(f"layer {name} of shape {shape} cannot have {own}: expected 1 <= core <= kept <= {min(shape)}")
     return ranks
@@ -143,7 +143,7 @@ def inject_cersa(
 
 def _prepared(
     model: nn.Module,
-    targets: dict[str, nn.Linear],
+    targets: dict[str, nn.Module],
     config: CersaConfig,
     adapter_name: str,
     ranks: Mapping[str, LayerRanks | None] | None,
@@ -154,21 +154,22 @@ def _prepared(
     by_name = {name: config.layer_ranks if ranks is None else (lambda _, own=ranks[name]: own) for name in targets}
     checkpoint = Checkpoint.of(model)
     stored = {
-        name: checkpoint.find(name, linear.weight, finer_only=not keep_base)
+        name: checkpoint.find(name, matrix_of(linear), finer_only=not keep_base)
         for name, linear in targets.items()
         if ranks is None or ranks[name] is not None
     }
     jobs = [
-        LayerJob.of(name, targets[name], lambda s, choose=by_name[name]: choose(s).kept, place) for name, place in stored.items()
+        LayerJob.of(name, matrix_of(targets[name]), lambda s, choose=by_name[name]: choose(s).kept, place)
+        for name, place in stored.items()
     ]
     with decompose_layers(jobs, show_progress=show_progress) as decomposed:
         for name, factors in decomposed:
             linear, own = targets[name], by_name[name](factors.s)
-            if ranks is None and config.unprofitable == "skip" and not is_profitable(*linear.weight.shape, own, config):
+            if ranks is None and config.unprofitable == "skip" and not is_profitable(*matrix_of(linear).shape, own, config):
                 continue
             keep_residual = config.residual == "keep"
             options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
-            layer = replacement(linear, factors, own.kept, **options)
+            layer = build_layer(linear, factors, own.kept, **options)
             layer.add_core(adapter_name, new_core(name, config, own, factors))
             yield layer, _report(name, layer, adapter_name, factors.s)
 
@@ -191,9 +192,9 @@ def merge(model: nn.Module) -> None:
     """Replaces every CERSA layer by a plain `nn.Linear` that holds its effective weight; not reversible."""
     for name, module in _places(model).items():
         if isinstance(module, FusedLinear):
-            replace_module(model, name, as_linear(module.factored, module.weight))
+            replace_module(model, name, as_dense(module.factored, module.weight))
         else:
-            replace_module(model, name, as_linear(module, module.effective_weight()))
+            replace_module(model, name, as_dense(module, module.effective_weight()))
 
 
 def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> None:
@@ -226,4 +227,4 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
                 layer.delete_core(adapter_name)
             replace_module(model, name, layer.to(weight.device, weight.dtype))
             continue
-        replace_module(model, name, as_linear(layer, weights[name].to(weight.device, weight.dtype)))
+        replace_module(model, name, as_dense(layer, weights[name].to(weight.device, weight.dtype)))

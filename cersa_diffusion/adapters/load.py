@@ -13,7 +13,7 @@ from cersa_diffusion.adapters.room import check_room, warn_of_other_truncation
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError
 from cersa_diffusion.functional import Decomposition, block_to_core, float64
 from cersa_diffusion.layers.core import MatrixCore
-from cersa_diffusion.layers.kinds import replacement
+from cersa_diffusion.layers.kinds import KINDS, build_layer, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import LONE_COMPONENT, all_or_nothing, check_layers, components_of, replace_module
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
@@ -57,7 +57,7 @@ def load_adapter(
     adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
     components = components_of(model)
     targets = resolve_layers(adapter, components)
-    dense: dict[str, dict[str, nn.Linear]] = {component: {} for component in components}
+    dense: dict[str, dict[str, nn.Module]] = {component: {} for component in components}
     for target in targets.values():
         if isinstance(target.module, CersaLinear):
             check_room(f"{target.component}.{target.name}", target.module, target.stored, adapter_name)
@@ -88,7 +88,7 @@ class Target(NamedTuple):
 
     component: str
     name: str
-    module: nn.Linear | CersaLinear
+    module: nn.Module
     stored: StoredLayer
 
 
@@ -138,7 +138,7 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
 def _problem(module: nn.Module | None, stored: StoredLayer) -> str | None:
     if module is None:
         return "no such layer in the model"
-    if not isinstance(module, nn.Linear | CersaLinear):
+    if not isinstance(module, (*KINDS, CersaLinear)):
         return f"it is a {type(module).__module__} (unload other adapters first)"
     found, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
     return None if found == expected else f"the model has shape {found}, the adapter {expected}"
@@ -173,11 +173,11 @@ def _prepare(
             factors = Decomposition(module.U, module.s, module.Vh)
             yield _Prepared(key, module, solve_core(factors, stored), _difference(module.s, module.base_entries, stored))
             continue
-        places[key] = checkpoints[component].find(name, module.weight, finer_only=not keep_base)
+        places[key] = checkpoints[component].find(name, matrix_of(module), finer_only=not keep_base)
         if stored.bases is None:
-            jobs.append(LayerJob.of(key, module, lambda s, k=stored.kept_rank: k, places[key]))
+            jobs.append(LayerJob.of(key, matrix_of(module), lambda s, k=stored.kept_rank: k, places[key]))
         else:
-            factors = Decomposition(*(factor.to(module.weight.device, torch.float32) for factor in stored.bases))
+            factors = Decomposition(*(factor.to(matrix_of(module).device, torch.float32) for factor in stored.bases))
             yield _build(key, targets[key], factors, places[key], keep_base)
     with decompose_layers(jobs, show_progress=show_progress) as decomposed:
         for key, factors in decomposed:
@@ -186,7 +186,7 @@ def _prepare(
 
 def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight | None, keep_base: bool) -> _Prepared:
     module, stored = target.module, target.stored
-    weight = finest_weight(module.weight, place)
+    weight = finest_weight(matrix_of(module), place)
     singular_values, pivots = factors.s, None
     if stored.bases is None:
         pivots = factors.pivots
@@ -195,7 +195,7 @@ def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight
         first = slice(len(stored.leading_singular_values))
         singular_values = ((float64(factors.U[:, first]).T @ float64(weight)) * float64(factors.Vh[first])).sum(1)
     options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": place, "pivots": pivots}
-    layer = replacement(module, factors, stored.kept_rank, **options)
+    layer = build_layer(module, factors, stored.kept_rank, **options)
     # Solved for with the factors as they are before the layer rounds them to its dtype.
     return _Prepared(key, layer, solve_core(factors, stored), _difference(singular_values, base_entries(weight), stored))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cersa_diffusion.adapters.file import AdapterFile, StoredLayer
 from cersa_diffusion.adapters.load import resolve_layers, solve_core
+from cersa_diffusion.layers.kinds import matrix_of
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
 
@@ -83,7 +84,7 @@ def compare_adapters(
         for name, (component, module_name, module, _) in targets.items():
             place = checkpoints[component].find(module_name, module.weight, finer_only=True)
             rank = max(a.layers[name].kept_rank, b.layers[name].kept_rank)
-            jobs.append(LayerJob.of(name, module, lambda s, k=rank: k, place))
+            jobs.append(LayerJob.of(name, matrix_of(module), lambda s, k=rank: k, place))
         with decompose_layers(jobs, show_progress=show_progress) as decomposed:
             rows = [_in_bases(name, factors, a.layers[name], b.layers[name]) for name, factors in decomposed]
     for own, other, title in ((a, b, "only in the first"), (b, a, "only in the second")):

@@ -114,7 +114,7 @@ def _everything(components: Mapping[str, nn.Module], optimizer: str) -> MemoryUs
 
 
 def _dense_methods(
-    components: Mapping[str, nn.Module], linears: Mapping[str, nn.Linear], settings: TableSettings
+    components: Mapping[str, nn.Module], linears: Mapping[str, nn.Module], settings: TableSettings
 ) -> dict[str, MemoryUse]:
     layers, own = dense_layers(linears, settings.weight_dtype, None).values(), list(linears.values())
     untouched, untouched_full = (

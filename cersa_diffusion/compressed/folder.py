@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cersa_diffusion.errors import AdapterFormatError, ConfigError
 from cersa_diffusion.functional import Decomposition
+from cersa_diffusion.layers.kinds import can_be_factored
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import replace_module
 from cersa_diffusion.private_names import CONVERSION_MAPPING, PREFIX_CHANGE, RENAME_SOURCE_KEY, WEIGHT_RENAMING
@@ -256,7 +257,7 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype)
     for stored, facts in layers.items():
         name = stored_name(stored, model, modules)
         linear = modules.get(name)
-        if type(linear) is not nn.Linear or (linear.out_features, linear.in_features) != (facts.m, facts.n):
+        if not can_be_factored(linear) or (linear.out_features, linear.in_features) != (facts.m, facts.n):
             raise AdapterFormatError(f"{folder}: layer {stored} ({facts.m} x {facts.n}) is no linear layer of {class_name}")
         with torch.device("meta"):
             shape = Decomposition(torch.empty(facts.m, facts.k), torch.empty(facts.k), torch.empty(facts.k, facts.n))

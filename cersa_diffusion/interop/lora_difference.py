@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.functional import float64
-from cersa_diffusion.layers.kinds import as_linear
+from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import cersa_layers, replace_module
 
@@ -97,7 +97,7 @@ def _plain(model: nn.Module, weight: Callable[[CersaLinear], Tensor], changes: M
             if changes[name]:
                 up, down = (float64(factor).to(dense.device) for factor in changes[name])
                 dense = dense + up @ down
-            replace_module(model, name, as_linear(layer, dense.to(layer.U)))
+            replace_module(model, name, as_dense(layer, dense.to(layer.U)))
         yield
     finally:
         for name, layer in layers.items():

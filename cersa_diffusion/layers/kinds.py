@@ -1,7 +1,9 @@
-"""Building the CERSA layer of a linear layer, and the way back."""
+"""The kinds of layers that can become CERSA layers: what their matrix is, building the CERSA layer, and the way back."""
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
@@ -12,8 +14,49 @@ from cersa_diffusion.weights.fingerprint import base_entries
 from cersa_diffusion.weights.stored import StoredWeight, finest_weight
 
 
-def replacement(
-    linear: nn.Linear,
+@dataclass(frozen=True)
+class LayerKind:
+    """How layers of one class become CERSA layers and come back.
+
+    Attributes:
+        matrix: gives the (m, n) matrix that the layer multiplies by.
+        cersa_class: the layer that takes its place.
+        dense: makes a layer of this class with another (m, n) matrix, and the bias of a CERSA layer.
+    """
+
+    matrix: Callable[[nn.Module], Tensor]
+    cersa_class: type[CersaLinear]
+    dense: Callable[[CersaLinear, Tensor], nn.Module]
+
+
+def _linear(layer: CersaLinear, matrix: Tensor) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix.detach(), requires_grad=matrix.requires_grad)
+    linear.bias = layer.bias
+    return linear
+
+
+# By exact class: subclasses (quantised layers, LoRA wrappers) keep their weight in a form of their own, and
+# nn.MultiheadAttention reads the weight of its Linear subclass itself and would miss the replacement.
+KINDS: dict[type[nn.Module], LayerKind] = {nn.Linear: LayerKind(lambda layer: layer.weight, CersaLinear, _linear)}
+
+
+def can_be_factored(module: nn.Module) -> bool:
+    """Whether there is a CERSA layer for modules of this class."""
+    return type(module) in KINDS
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The (m, n) matrix that a dense layer multiplies by; of a subclass whose weight is a plain one as well."""
+    return _kind(layer).matrix(layer)
+
+
+def _kind(layer: nn.Module) -> LayerKind:
+    return next(kind for module_class, kind in KINDS.items() if isinstance(layer, module_class))
+
+
+def build_layer(
+    dense: nn.Module,
     factors: Decomposition,
     kept_rank: int,
     *,
@@ -22,10 +65,10 @@ def replacement(
     stored: StoredWeight | None = None,
     pivots: Pivots | None = None,
 ) -> CersaLinear:
-    """The CERSA layer for a linear layer, not yet in its place and without cores.
+    """The CERSA layer for a dense layer, not yet in its place and without cores.
 
     Args:
-        linear: the layer to replace.
+        dense: the layer to replace.
         factors: its decomposition, at least the leading `kept_rank` triplets.
         kept_rank: k.
         keep_residual: keep the part of the weight outside these components, frozen and dense.
@@ -33,7 +76,7 @@ def replacement(
         stored: where the checkpoint has the weight, if it has.
         pivots: of the decomposition, where they are known.
     """
-    weight, residual = linear.weight, None
+    weight, residual = matrix_of(dense), None
     if keep_residual:
         # From the cache they come on the CPU.
         factors = Decomposition(*(factor.to(weight.device) for factor in (factors.U, factors.s, factors.Vh)))
@@ -41,7 +84,7 @@ def replacement(
         U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
         residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
     dense_weight = (stored or weight) if keep_base else None
-    layer = CersaLinear(factors, kept_rank, linear.bias, weight.dtype, weight.device, dense_weight, residual, pivots)
+    layer = _kind(dense).cersa_class(factors, kept_rank, dense.bias, weight.dtype, weight.device, dense_weight, residual, pivots)
     layer.base_entries = base_entries(finest_weight(weight, stored))
     return layer
 
@@ -76,9 +119,7 @@ def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decompo
     return MatrixCore(rank, offset) if config.core == "matrix" else DiagonalCore(rank, offset)
 
 
-def as_linear(layer: CersaLinear, weight: torch.Tensor) -> nn.Linear:
-    """A plain layer with a dense (m, n) weight and the bias of a CERSA layer."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    linear.bias = layer.bias
-    return linear
+def as_dense(layer: CersaLinear, matrix: Tensor) -> nn.Module:
+    """A layer of the class that was replaced, with a dense (m, n) matrix and the bias of the CERSA layer."""
+    kind = next(kind for kind in KINDS.values() if kind.cersa_class is type(layer))
+    return kind.dense(layer, matrix)

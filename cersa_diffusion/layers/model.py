@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cersa_diffusion.errors import ConfigError, NonFiniteError
+from cersa_diffusion.layers.kinds import KINDS, can_be_factored
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
 
 # Dtypes of weights with enough digits for a decomposition; those of fewer bits are quantised, with scales of their own.
@@ -16,8 +17,8 @@ DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def match_targets(
     model: nn.Module, target_modules: str | list[str], exclude_modules: str | list[str] | None = None
-) -> dict[str, nn.Linear]:
-    """The linear layers that a target specification names, in model order.
+) -> dict[str, nn.Module]:
+    """The layers that a target specification names, in model order.
 
     Args:
         model: any torch model.
@@ -25,13 +26,12 @@ def match_targets(
         exclude_modules: the same forms without "all-linear".
 
     Returns:
-        Module name -> layer. Only plain `nn.Linear`: subclasses (quantised layers, LoRA wrappers) are read by others.
+        Module name -> layer, of the classes in `KINDS`.
 
     Raises:
         ConfigError: nothing matches; the message lists what could have.
     """
-    # By exact type: nn.MultiheadAttention reads the weight of its Linear subclass itself and would miss the replacement.
-    candidates = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    candidates = {name: module for name, module in model.named_modules() if can_be_factored(module)}
     targets = {
         name: module
         for name, module in candidates.items()
@@ -56,7 +56,7 @@ def name_matches(name: str, pattern: str | list[str]) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in pattern)
 
 
-def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """Refuses layers that cannot be decomposed, before anything is changed.
 
     Raises:
@@ -65,11 +65,11 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """
     check_untied(model, layers)
     for name, layer in layers.items():
+        if isinstance(layer, FusedLinear):
+            raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
         weight = layer.weight
         if weight.is_meta:
             raise ConfigError(f"layer {name} is on the meta device: load the weights before injecting")
-        if isinstance(layer, FusedLinear):
-            raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
         if weight.dtype not in DECOMPOSABLE or type(weight) not in (torch.Tensor, nn.Parameter):
             raise ConfigError(
                 f"layer {name} holds a {type(weight).__name__} of {weight.dtype}, expected a plain weight in one of "
@@ -79,7 +79,7 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             raise NonFiniteError(f"layer {name} holds NaN or infinity: this checkpoint is damaged")
 
 
-def check_untied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+def check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """Refuses layers whose weight another module has as well.
 
     Raises:
@@ -138,7 +138,7 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     Args:
         models: the models that the block changes.
     """
-    kinds = nn.Linear | CersaLinear | FusedLinear
+    kinds = (*KINDS, CersaLinear, FusedLinear)
     places = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, kinds)]
     layers = [layer for model in models for layer in cersa_layers(model).values()]
     states = [(layer, dict(layer.cores.items()), dict(layer.strengths), layer.enabled) for layer in layers]

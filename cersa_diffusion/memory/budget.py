@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
+from cersa_diffusion.layers.kinds import matrix_of
 from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, cersa_memory, is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
@@ -47,7 +48,7 @@ class TargetLayer:
 
 def survey(
     components: Mapping[str, nn.Module],
-    targets: Mapping[str, tuple[nn.Linear, CersaConfig]],
+    targets: Mapping[str, tuple[nn.Module, CersaConfig]],
     *,
     weight_dtype: torch.dtype | None = None,
     tokens: Mapping[str, "LayerInput"] | None = None,
@@ -70,16 +71,17 @@ def survey(
     for name, (linear, config) in targets.items():
         component, _, layer = name.partition(".")
         # As an injection does it: from the weight on disk where that is more exact.
-        stored = checkpoints[component].find(layer, linear.weight, finer_only=True)
+        weight = matrix_of(linear)
+        stored = checkpoints[component].find(layer, weight, finer_only=True)
         # A budget may choose any rank: the cache gets all of the bases.
-        jobs.append(LayerJob.of(name, linear, config.kept_rank if config.memory_budget is None else len, stored))
+        jobs.append(LayerJob.of(name, weight, config.kept_rank if config.memory_budget is None else len, stored))
     dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
     with decompose_layers(jobs, show_progress=show_progress) as results:
         return [TargetLayer(name, dense[name], targets[name][1], factors.s) for name, factors in results]
 
 
 def dense_layers(
-    linears: Mapping[str, nn.Linear], weight_dtype: torch.dtype | None, tokens: Mapping[str, "LayerInput"] | None
+    linears: Mapping[str, nn.Module], weight_dtype: torch.dtype | None, tokens: Mapping[str, "LayerInput"] | None
 ) -> dict[str, DenseLayer]:
     """What the arithmetic of memory needs to know of the target layers.
 
@@ -96,7 +98,7 @@ def dense_layers(
 
 def _dense_layer(
     name: str,
-    linear: nn.Linear,
+    linear: nn.Module,
     weight_dtype: torch.dtype | None,
     tokens: Mapping[str, "LayerInput"] | None,
     sources: set[int | None],
@@ -107,13 +109,14 @@ def _dense_layer(
     rows, source = (0, None) if tokens is None else (tokens[name].rows, tokens[name].source)
     input_kept = source is not None and source in sources
     sources.add(source)
-    dtype = weight_dtype or linear.weight.dtype
-    return DenseLayer(*linear.weight.shape, linear.bias is not None, dtype, rows, input_kept)
+    matrix = matrix_of(linear)
+    dtype = weight_dtype or matrix.dtype
+    return DenseLayer(*matrix.shape, linear.bias is not None, dtype, rows, input_kept)
 
 
 def untouched_bytes(
     components: Mapping[str, nn.Module],
-    targets: Sequence[nn.Linear],
+    targets: Sequence[nn.Module],
     weight_dtype: torch.dtype | None,
     *,
     trained: Collection[str] = (),
@@ -144,7 +147,7 @@ def untouched_bytes(
 
 def select_ranks(
     components: Mapping[str, nn.Module],
-    targets: Mapping[str, tuple[nn.Linear, CersaConfig]],
+    targets: Mapping[str, tuple[nn.Module, CersaConfig]],
     *,
     optimizer: str = "adamw",
     weight_dtype: torch.dtype | None = None,
@@ -181,7 +184,7 @@ def _by_rule(layer: TargetLayer) -> LayerRanks | None:
     return ranks if profitable or config.unprofitable == "factor" else None
 
 
-def _shared_budget(targets: Mapping[str, tuple[nn.Linear, CersaConfig]]) -> int | None:
+def _shared_budget(targets: Mapping[str, tuple[nn.Module, CersaConfig]]) -> int | None:
     budgets = {name.partition(".")[0]: config.memory_budget for name, (_, config) in targets.items()}
     sizes = {None if budget is None else parse_bytes(budget) for budget in budgets.values()}
     if len(sizes) > 1:

@@ -233,7 +233,7 @@ def choose_ranks(
 
 def _targets(
     model: nn.Module | Mapping[str, nn.Module], config: CersaConfig | Mapping[str, CersaConfig], optimizer: str
-) -> tuple[dict[str, nn.Module], dict[str, tuple[nn.Linear, CersaConfig]]]:
+) -> tuple[dict[str, nn.Module], dict[str, tuple[nn.Module, CersaConfig]]]:
     """The components, and "component.layer name" -> layer and settings, checked."""
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer is {optimizer!r}, expected one of {sorted(OPTIMIZERS)}")

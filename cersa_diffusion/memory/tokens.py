@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from cersa_diffusion.layers.kinds import can_be_factored
 from cersa_diffusion.layers.model import components_of
 from cersa_diffusion.memory.cost import LayerInput
 
@@ -30,7 +31,7 @@ def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[
 
     for component, module in components_of(model).items():
         for name, layer in module.named_modules():
-            if type(layer) is nn.Linear:
+            if can_be_factored(layer):
                 key = f"{component}.{name}"
                 inputs[key] = []
                 handles.append(layer.register_forward_pre_hook(note(key), with_kwargs=True))

@@ -87,7 +87,7 @@ class LoraAdaptation(Adaptation):
         return f"{len(layers)} layers with {self.label} of rank {self.rank}: {trained / 1e6:.2f} M trained"
 
     # Only PiSSA takes its rank from the weight.
-    def _check_layers(self, layers: dict[str, nn.Linear]) -> None:
+    def _check_layers(self, layers: dict[str, nn.Module]) -> None:
         """Refuses layers that the method cannot be applied to."""
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class PissaAdaptation(LoraAdaptation):
         super().__init__(target_modules, rank)
         self._initial: dict[str, Tensor] = {}
 
-    def _check_layers(self, layers: dict[str, nn.Linear]) -> None:
+    def _check_layers(self, layers: dict[str, nn.Module]) -> None:
         name, smallest = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda item: item[1])
         if smallest < self.rank:
             raise ConfigError(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from cersa_diffusion.layers.kinds import as_linear
+from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import replace_module
 
@@ -20,7 +20,7 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear)}
     try:
         for name, layer in layers.items():
-            replace_module(model, name, as_linear(layer, layer.effective_weight().cpu()))
+            replace_module(model, name, as_dense(layer, layer.effective_weight().cpu()))
         yield
     finally:
         for name, layer in layers.items():

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import CersaError
@@ -48,10 +48,10 @@ class LayerJob:
 
     @classmethod
     def of(
-        cls, name: str, linear: nn.Linear, choose_rank: Callable[[Tensor], int], stored: StoredWeight | None = None
+        cls, name: str, weight: Tensor, choose_rank: Callable[[Tensor], int], stored: StoredWeight | None = None
     ) -> "LayerJob":
-        """The job for a layer that is in memory, and perhaps with more bits in its checkpoint."""
-        return cls(name, tuple(linear.weight.shape), lambda: finest_weight(linear.weight, stored), choose_rank)
+        """The job for a weight that is in memory, and perhaps with more bits in its checkpoint."""
+        return cls(name, tuple(weight.shape), lambda: finest_weight(weight, stored), choose_rank)
 
     @property
     def cost(self) -> int:

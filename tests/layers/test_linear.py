@@ -9,7 +9,7 @@ from torch import nn
 from cersa_diffusion import CersaLinear, ConfigError
 from cersa_diffusion.functional import decompose, energy_rank
 from cersa_diffusion.layers.core import DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
-from cersa_diffusion.layers.kinds import replacement
+from cersa_diffusion.layers.kinds import build_layer
 from cersa_diffusion.weights.cache import leading_factors
 
 from ..conftest import DEVICE, raises, randn
@@ -179,7 +179,7 @@ def test_kept_residual_makes_the_untrained_layer_the_dense_one(dtype, limit):
     torch.manual_seed(0)
     linear = nn.Linear(30, 20).to(DEVICE, dtype).requires_grad_(False)
     factors = leading_factors(linear.weight, lambda s: 6, None)
-    layer = replacement(linear, factors, 6, keep_residual=True, keep_base=False)
+    layer = build_layer(linear, factors, 6, keep_residual=True, keep_base=False)
     assert relative_error(layer.effective_weight().float(), linear.weight.float()) < limit
     x = randn(9, 30, dtype=dtype)
     assert relative_error(layer(x).float(), linear(x).float()) < limit

@@ -83,8 +83,8 @@ def test_a_second_adapter_that_fails_halfway_leaves_the_first(loaded, adapter_fi
     ("operation", "owner", "name"),
     [
         ("fuse_cersa", CersaLinear, "effective_weight"),
-        ("unload_cersa_weights", cersa_diffusion.inject, "as_linear"),
-        ("delete_cersa_adapters", cersa_diffusion.inject, "as_linear"),
+        ("unload_cersa_weights", cersa_diffusion.inject, "as_dense"),
+        ("delete_cersa_adapters", cersa_diffusion.inject, "as_dense"),
         ("save_pretrained", CersaLinear, "effective_weight"),
     ],
 )

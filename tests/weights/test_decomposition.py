@@ -48,7 +48,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def jobs_of(model: nn.Module) -> list[LayerJob]:
-    return [LayerJob.of(name, layer, lambda s: min(5, len(s))) for name, layer in model.named_children()]
+    return [LayerJob.of(name, layer.weight, lambda s: min(5, len(s))) for name, layer in model.named_children()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
