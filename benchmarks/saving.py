@@ -20,8 +20,9 @@ from diffusers.utils import logging
 import cersa_diffusion as cersa
 from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
-from cersa_diffusion.methods.adaptations import LoraAdaptation
-from cersa_diffusion.methods.lora_files import save_lora
+from cersa_diffusion.methods.base import Origin
+from cersa_diffusion.methods.lora import LoraMethod
+from cersa_diffusion.methods.settings import MethodSettings
 from cersa_diffusion.pipelines.open import load_base
 
 
@@ -46,17 +47,16 @@ def main() -> None:
         models = injected(arguments.base, arguments.alpha)
         layers = [layer for model in models.values() for layer in cersa_layers(model).values()]
         untrained = load_base(arguments.base)
-        loras = {}
-        for component, targets in STABLE_DIFFUSION.trained.items():
-            loras[component] = LoraAdaptation(targets, LORA_RANK)
-            loras[component].prepare(getattr(untrained, component))
+        lora = LoraMethod(MethodSettings(method="lora", rank=LORA_RANK), STABLE_DIFFUSION.trained)
+        components = STABLE_DIFFUSION.components(untrained)
+        for component, model in components.items():
+            lora.prepare(component, model)
 
         def save_cersa() -> None:
             cersa.save_adapter(models, folder / "cersa.safetensors")
 
         def save_as_lora() -> None:
-            weights = {component: lora.weights(getattr(untrained, component)) for component, lora in loras.items()}
-            save_lora(folder / "lora.safetensors", weights, {})
+            lora.save(components, folder, Origin(arguments.base), {})
 
         def forget_pivots() -> None:
             for layer in layers:

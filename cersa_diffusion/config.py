@@ -12,7 +12,13 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank
 
 
-def _option(default, text: str):
+def option(default, text: str):
+    """A field of settings with the help text that the command lines show.
+
+    Args:
+        default: its default.
+        text: the help.
+    """
     return field(default=default, metadata={"help": text})
 
 
@@ -47,52 +53,64 @@ def parse_bytes(size: str | int | float, setting: str = "memory_budget") -> int:
     return int(number)
 
 
-@dataclass
-class CersaConfig:
+# Settings that core='sparse' alone reads.
+SPARSE_SETTINGS = ("sparse_pattern", "off_diagonals")
+OFF_DIAGONALS = (
+    "SVFT (and core='sparse'): off-diagonals on either side; the other patterns train as many entries as the banded one would."
+)
+
+
+@dataclass(kw_only=True)
+class SubspaceSettings:
+    """What is kept of every layer and what is trained on it: declared once, for `CersaConfig` and for the command lines."""
+
+    alpha: float = option(
+        0.95, "Share of squared-singular-value energy that is kept in every layer, in (0, 1]. The rest is dropped."
+    )
+    beta: float | None = option(
+        None, "Share of the energy whose components are trained, at most alpha. Default: alpha, all that is kept."
+    )
+    core: Literal["matrix", "diagonal", "sparse"] = option(
+        "matrix", "What is trained on the components: a dense matrix, its diagonal (Table 6), or a few of its entries (SVFT)."
+    )
+    block: Literal["top", "bottom"] = option(
+        "top", "With beta below alpha: train the leading components, or as many of the last that are kept (Table 3)."
+    )
+    unprofitable: Literal["factor", "skip"] = option(
+        "factor", "Layers whose factors and core hold more numbers than their dense weight: treat as all others, or leave alone."
+    )
+    # A number of bytes does as well, but a command line gives text.
+    memory_budget: str | None = option(
+        None,
+        "Most bytes that the training state of the whole model may take (all frozen and trained weights, gradients and optimizer "
+        "state), e.g. '900MB' or '1.5GiB'. Instead of alpha, it decides how much is kept in every layer.",
+    )
+    sparse_pattern: Literal["banded", "random", "top_k"] = option(
+        "banded", "SVFT (and core='sparse'): which entries are trained; 'top_k' takes alpha 1."
+    )
+    off_diagonals: int = option(0, OFF_DIAGONALS)
+
+
+@dataclass(kw_only=True)
+class CersaConfig(SubspaceSettings):
     """Settings of an injection (CERSA, section 3.1, and its ablations).
 
     Raises:
         ConfigError: a value outside its range, or settings that contradict each other.
     """
 
-    alpha: float = _option(
-        0.95, "Share of squared-singular-value energy that is kept in every layer, in (0, 1]. The rest is dropped."
-    )
-    beta: float | None = _option(
-        None, "Share of the energy whose components are trained, at most alpha. Default: alpha, all that is kept."
-    )
-    rank: int | None = _option(None, "Keep and train this many components in every layer instead (Table 5).")
-    core: Literal["matrix", "diagonal", "sparse"] = _option(
-        "matrix", "What is trained on the components: a dense matrix, its diagonal (Table 6), or a few of its entries (SVFT)."
-    )
-    block: Literal["top", "bottom"] = _option(
-        "top", "With beta below alpha: train the leading components, or as many of the last that are kept (Table 3)."
-    )
-    residual: Literal["drop", "keep"] = _option("drop", "Drop the part of the weight outside alpha, or keep it frozen and dense.")
-    unprofitable: Literal["factor", "skip"] = _option(
-        "factor", "Layers whose factors and core hold more numbers than their dense weight: treat as all others, or leave alone."
-    )
-    memory_budget: str | int | float | None = _option(
-        None,
-        "Most bytes that the training state of the whole model may take (all frozen and trained weights, gradients and optimizer "
-        "state), e.g. '900MB' or '1.5GiB'. Instead of alpha, it decides how much is kept in every layer.",
-    )
-    target_modules: str | list[str] = _option(
+    rank: int | None = option(None, "Keep and train this many components in every layer instead (Table 5).")
+    residual: Literal["drop", "keep"] = option("drop", "Drop the part of the weight outside alpha, or keep it frozen and dense.")
+    target_modules: str | list[str] = option(
         "all-linear", "'all-linear', a regular expression for whole module names, or a list of name endings."
     )
-    exclude_modules: str | list[str] | None = _option(
+    exclude_modules: str | list[str] | None = option(
         None, "Layers to leave alone: a regular expression for whole module names, or a list of name endings."
-    )
-    sparse_pattern: Literal["banded", "random", "top_k"] = _option(
-        "banded", "core='sparse': which entries are trained; 'top_k' takes alpha 1."
-    )
-    off_diagonals: int = _option(
-        0, "core='sparse': off-diagonals on either side; the other patterns train as many entries as the banded one would."
     )
 
     def __post_init__(self):
         if not 0 < self.alpha <= 1:
-            raise ConfigError(f"alpha is {self.alpha}, expected a share in (0, 1]: the usual values are .8 to .95")
+            raise ConfigError(f"alpha is {self.alpha}, expected a share in (0, 1]: the usual values are 0.8 to 0.95")
         most = 1.0 if self.memory_budget is not None else self.alpha
         if self.beta is not None and not 0 < self.beta <= most:
             raise ConfigError(f"beta is {self.beta}, expected a share in (0, alpha = {most}]: lower beta or raise alpha")

@@ -20,9 +20,10 @@ from diffusers import (
 from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.methods.cersa import CersaMethod
+from cersa_diffusion.methods.table import METHODS
 from cersa_diffusion.metrics.prompts import without_token
 from cersa_diffusion.pipelines.draw import generate
-from cersa_diffusion.training.methods import METHODS, CersaMethod
 from gradio_app.library import Base, Run
 from gradio_app.settings import Limits
 from gradio_app.store import PipelineStore, weight_bytes

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.methods.cersa import CersaMethod
+from cersa_diffusion.methods.lora import LoraMethod
+from cersa_diffusion.methods.lora_files import LORA_FILE_NAME
+from cersa_diffusion.methods.table import METHODS
 from cersa_diffusion.training import DreamBoothConfig, DreamBoothXLConfig
 from cersa_diffusion.training.checkpoints.folder import list_checkpoints
-from cersa_diffusion.training.methods import LORA_FILE_NAME, METHODS, CersaMethod, LoraMethod
 from cersa_diffusion.training.run.lock import training_process
 from cersa_diffusion.training.run.result import RESULT_FILE
 from cersa_diffusion.training.settings.file import SETTINGS_FILE, read_settings

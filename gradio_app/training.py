@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
 from cersa_diffusion.families.table import family_of
+from cersa_diffusion.methods.table import METHODS, make_method
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.training import PRESETS, DreamBoothConfig, DreamBoothXLConfig
-from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.run.memory import memory_table, planned_memory
 from gradio_app.settings import Limits
 
@@ -152,7 +152,7 @@ class TrainForm:
         """
         self.check(limits)
         config = self._config(pipeline, source, Path("planned"), PRESETS.get(self.preset, {}))
-        method = METHODS[config.method](config)
+        method = make_method(config, config.targets)
         components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
         pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)

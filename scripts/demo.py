@@ -26,7 +26,7 @@ from cersa_diffusion.pictures import load_picture
 from cersa_diffusion.pipelines.draw import generate, picture_grid
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.text import markdown_table
-from cersa_diffusion.training.methods import load_result
+from cersa_diffusion.training import load_result
 from cersa_diffusion.training.run.result import RESULT_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]

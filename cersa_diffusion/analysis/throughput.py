@@ -11,8 +11,9 @@ from torch.utils.benchmark import Timer
 
 from cersa_diffusion.analysis.output import new_figure
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.layers.model import trainable_parameters
+from cersa_diffusion.layers.model import LONE_COMPONENT, trainable_parameters
 from cersa_diffusion.methods.settings import MethodSettings
+from cersa_diffusion.methods.table import make_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,10 +107,10 @@ def throughput_rows(
     timers = {}
     for title, settings in methods.items():
         own = copy.deepcopy(model).train()
-        adaptation = settings.adaptation(None if settings.method == "full" else target_modules)
-        report(f"{title}: {adaptation.prepare(own)}")
+        method = make_method(settings, {LONE_COMPONENT: None if settings.method == "full" else target_modules})
+        report(f"{title}: {method.prepare(LONE_COMPONENT, own)}")
         if autocast is not None:
-            adaptation.cast_frozen(own, autocast)  # as the trainers do
+            method.cast_frozen(own, autocast)  # as the trainers do
         timers[title] = Timer("step()", globals={"step": _step(own, inputs, autocast)}, num_threads=torch.get_num_threads())
     seconds: dict[str, list[float]] = {title: [] for title in methods}
     for turn in range(rounds + 1):

@@ -20,8 +20,9 @@ from transformers.utils import logging
 from cersa_diffusion.classification.settings import ClassifierSettings
 from cersa_diffusion.classification.targets import check_outside_head, target_pattern
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.memory.plan import choose_ranks
-from cersa_diffusion.methods.adaptations import Adaptation, CersaAdaptation
+from cersa_diffusion.layers.model import LONE_COMPONENT
+from cersa_diffusion.methods.base import Method
+from cersa_diffusion.methods.table import make_method
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Classifier:
         processor: its image processor or tokenizer.
         head: names of the modules that every method trains: the classifier, and what the checkpoint has no weights for.
         settings: what is trained.
-        adaptation: the method.
+        method: what was done to it.
         description: what the method did.
     """
 
@@ -57,13 +58,8 @@ class Classifier:
     processor: object
     head: list[str]
     settings: ClassifierSettings
-    adaptation: Adaptation
+    method: Method
     description: str
-
-    def head_state(self) -> dict[str, Tensor]:
-        """The weights of the head by their names in the model, in CPU memory."""
-        state = {name: tensor for module in self.head for name, tensor in _tensors(self.model, module).items()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def _tensors(model: nn.Module, module: str) -> dict[str, Tensor]:
@@ -191,17 +187,14 @@ def load_for_training(
         check_outside_head(model, targets, head)
     # Again: how much the head drew differs by architecture, and no method's start should depend on it.
     set_seed(seed)
-    adaptation = settings.adaptation(targets)
-    if settings.memory_budget is not None:
-        also_trained = {f"model.{name}" for module in head for name in _tensors(model, module)}
-        cersa = settings.cersa_config(targets)
-        ranks = choose_ranks(model, cersa, weight_dtype=compute_dtype, also_trained=also_trained)["model"]
-        adaptation = CersaAdaptation(cersa, ranks)
-    description = adaptation.prepare(model)
+    method = make_method(settings, {LONE_COMPONENT: targets})
+    also_trained = {f"{LONE_COMPONENT}.{name}" for module in head for name in _tensors(model, module)}
+    method.plan({LONE_COMPONENT: model}, compute_dtype, also_trained=also_trained)
+    description = method.prepare(LONE_COMPONENT, model)
     for module in head:
         for tensor in _tensors(model, module).values():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
     if compute_dtype != torch.float32:
-        adaptation.cast_frozen(model, compute_dtype)
-    return Classifier(kind, model, processor, head, settings, adaptation, description)
+        method.cast_frozen(model, compute_dtype)
+    return Classifier(kind, model, processor, head, settings, method, description)

@@ -8,12 +8,9 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 
 from cersa_diffusion.classification.tasks import GLUE_TASKS
+from cersa_diffusion.config import option
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.methods.settings import MethodSettings
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
@@ -25,15 +22,15 @@ class ClassifierSettings(MethodSettings):
     """
 
     model_name_or_path: str = field(metadata={"help": "Pre-trained model: a local folder or a model id on the hub."})
-    revision: str | None = _option(None, "Revision of the model on the hub.")
-    target_modules: list[str] | None = _option(
+    revision: str | None = option(None, "Revision of the model on the hub.")
+    target_modules: list[str] | None = option(
         None,
         "Layers to train beside the classifier: QV, QKV (the default), QKVP or all (Table 2 of the paper), name endings, or one "
         "regular expression for whole names. Full fine-tuning trains every parameter unless this is given.",
     )
-    classifier_learning_rate: float | None = _option(None, "Learning rate of the classifier. Default: learning_rate.")
-    attention_dropout: float | None = _option(None, "Dropout of the attention weights. Default: the model's own.")
-    classifier_dropout: float | None = _option(None, "Dropout in front of the classifier. Default: the model's own.")
+    classifier_learning_rate: float | None = option(None, "Learning rate of the classifier. Default: learning_rate.")
+    attention_dropout: float | None = option(None, "Dropout of the attention weights. Default: the model's own.")
+    classifier_dropout: float | None = option(None, "Dropout in front of the classifier. Default: the model's own.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,14 +66,14 @@ class SplitSettings:
         ConfigError: no source, or two.
     """
 
-    dataset_name: str | None = _option(None, "A data set for `datasets.load_dataset`: a hub id or a local folder.")
-    dataset_config_name: str | None = _option(None, "Configuration of the data set.")
-    train_split: str = _option("train", "Split of the data set to train on.")
-    validation_split: str | None = _option(None, "Split to evaluate on. Default: validation, or else test.")
-    validation_fraction: float | None = _option(
+    dataset_name: str | None = option(None, "A data set for `datasets.load_dataset`: a hub id or a local folder.")
+    dataset_config_name: str | None = option(None, "Configuration of the data set.")
+    train_split: str = option("train", "Split of the data set to train on.")
+    validation_split: str | None = option(None, "Split to evaluate on. Default: validation, or else test.")
+    validation_fraction: float | None = option(
         None, "Without examples to evaluate on: hold this share of the training examples back, drawn by the seed."
     )
-    label_column: str = _option("label", "Column with the labels: numbers, or names of the classes.")
+    label_column: str = option("label", "Column with the labels: numbers, or names of the classes.")
 
     def _check_sources(self, sources: dict[str, object]) -> None:
         given = [name for name, value in sources.items() if value]
@@ -93,11 +90,11 @@ class SplitSettings:
 class ImageData(SplitSettings):
     """The pictures of a run."""
 
-    train_dir: str | None = _option(None, "Folder with a sub-folder of pictures for every class.")
-    validation_dir: str | None = _option(None, "The same for the pictures to evaluate on.")
-    image_column: str = _option("image", "Column of the data set with the pictures.")
-    random_resized_crop: bool = _option(False, "Train on random parts of the pictures (at least half of the area).")
-    random_flip: bool = _option(False, "Mirror pictures at random.")
+    train_dir: str | None = option(None, "Folder with a sub-folder of pictures for every class.")
+    validation_dir: str | None = option(None, "The same for the pictures to evaluate on.")
+    image_column: str = option("image", "Column of the data set with the pictures.")
+    random_resized_crop: bool = option(False, "Train on random parts of the pictures (at least half of the area).")
+    random_flip: bool = option(False, "Mirror pictures at random.")
 
     def __post_init__(self):
         self._check_sources({"dataset_name": self.dataset_name, "train_dir": self.train_dir})
@@ -114,17 +111,17 @@ class ImageData(SplitSettings):
 class TextData(SplitSettings):
     """The sentences of a run, of a GLUE task or of one's own."""
 
-    task_name: str | None = _option(
+    task_name: str | None = option(
         None, f"GLUE task, which decides columns and metric: {', '.join(GLUE_TASKS)}. Without files it is fetched from the hub."
     )
-    train_file: str | None = _option(None, "CSV, TSV, JSON or JSON-lines file with the examples to train on.")
-    validation_file: list[str] | None = _option(None, "The same to evaluate on; of several files each is reported on its own.")
-    text_column: str | None = _option(None, "Column with the sentences. Default: the task's, or 'text'.")
-    text_pair_column: str | None = _option(None, "Column with second sentences. Default: the task's, or none.")
-    max_length: int | None = _option(
+    train_file: str | None = option(None, "CSV, TSV, JSON or JSON-lines file with the examples to train on.")
+    validation_file: list[str] | None = option(None, "The same to evaluate on; of several files each is reported on its own.")
+    text_column: str | None = option(None, "Column with the sentences. Default: the task's, or 'text'.")
+    text_pair_column: str | None = option(None, "Column with second sentences. Default: the task's, or none.")
+    max_length: int | None = option(
         None, "Longer inputs are cut to this many tokens. Default: what the model takes, at most 512."
     )
-    regression: bool = _option(False, "The labels are numbers to predict (as in STS-B), not classes.")
+    regression: bool = option(False, "The labels are numbers to predict (as in STS-B), not classes.")
 
     def __post_init__(self):
         if self.task_name is not None and self.task_name not in GLUE_TASKS:
@@ -151,22 +148,22 @@ class RunArguments(TrainingArguments):
         ConfigError: what transformers refuses.
     """
 
-    output_dir: str = _option("cersa-classifier", "Folder for the result and the checkpoints.")
-    per_device_train_batch_size: int = _option(32, "Examples per step and process.")
-    per_device_eval_batch_size: int = _option(64, "Examples per batch of an evaluation.")
-    learning_rate: float = _option(2e-4, "Learning rate of all but the classifier; the right one differs by method.")
-    warmup_steps: float = _option(0.08, "Warm-up: a number of steps, or below 1 a share of them.")
-    logging_steps: float = _option(50, "Report the loss every so many steps.")
-    report_to: str = _option("none", "Also log there: tensorboard, wandb, ...")
-    dataloader_pin_memory: bool = _option(torch.cuda.is_available(), "Keep batches in memory that a GPU reads faster.")
+    output_dir: str = option("cersa-classifier", "Folder for the result and the checkpoints.")
+    per_device_train_batch_size: int = option(32, "Examples per step and process.")
+    per_device_eval_batch_size: int = option(64, "Examples per batch of an evaluation.")
+    learning_rate: float = option(2e-4, "Learning rate of all but the classifier; the right one differs by method.")
+    warmup_steps: float = option(0.08, "Warm-up: a number of steps, or below 1 a share of them.")
+    logging_steps: float = option(50, "Report the loss every so many steps.")
+    report_to: str = option("none", "Also log there: tensorboard, wandb, ...")
+    dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Keep batches in memory that a GPU reads faster.")
     # Columns are chosen, and pictures decoded, here.
-    remove_unused_columns: bool = _option(False, "Leave as it is.")
+    remove_unused_columns: bool = option(False, "Leave as it is.")
     # Frozen bases are buffers: the first process sends them once, after they are made.
-    ddp_broadcast_buffers: bool | None = _option(False, "Send buffers from the first process at every step.")
+    ddp_broadcast_buffers: bool | None = option(False, "Send buffers from the first process at every step.")
     # Otherwise transformers leaves NaN out of the loss that it reports.
-    logging_nan_inf_filter: bool = _option(False, "Report the last finite loss instead of NaN.")
+    logging_nan_inf_filter: bool = option(False, "Report the last finite loss instead of NaN.")
     # Without it transformers refuses bfloat16 where there is nothing but a CPU.
-    use_cpu: bool = _option(
+    use_cpu: bool = option(
         not torch.accelerator.is_available() and not is_torch_xla_available(), "Train on the CPU. Default: where there is no GPU."
     )
 

@@ -15,13 +15,12 @@ from cersa_diffusion.errors import CersaError, ConfigError
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.memory.budget import dense_layers, untouched_bytes
 from cersa_diffusion.memory.cost import lora_memory
-from cersa_diffusion.memory.plan import choose_ranks
+from cersa_diffusion.methods.cersa import CersaMethod
 from cersa_diffusion.metrics.prompts import without_token
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.study.cells import write_json
 from cersa_diffusion.study.definition import Row, Study
 from cersa_diffusion.study.judging import load_scorer
-from cersa_diffusion.training.methods import CersaMethod
 from cersa_diffusion.training.run.optimizers import optimizer_name
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
@@ -79,10 +78,9 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     lora_bytes = _lora_bytes(components, config)
     rank = matched.lora_rank or _highest_rank(lora_bytes, parse_bytes(matched.budget, "matched_memory.budget"))
     budget = str(lora_bytes(rank))
-    method = CersaMethod(replace(config, memory_budget=budget))
+    method = CersaMethod(replace(config, memory_budget=budget), config.targets)
     # Found here rather than in the middle of the comparison; the decompositions stay in the cache.
-    configs = {name: method.config.cersa_config(method.targets(name)) for name in components}
-    choose_ranks(components, configs, weight_dtype=_compute_dtype(config))
+    method.plan(components, _compute_dtype(config))
     return [
         Row("lora-matched", "lora", {"rank": rank}, tuple(matched.learning_rates["lora"])),
         Row("cersa-matched", "cersa", {"memory_budget": budget}, tuple(matched.learning_rates["cersa"])),
@@ -95,11 +93,11 @@ def _compute_dtype(config: DreamBoothConfig) -> torch.dtype:
 
 def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -> Callable[[int], int]:
     """Rank -> bytes of LoRA, as the memory plan counts them."""
-    targets = CersaMethod(config).targets
+    targets = config.targets
     linears = {
         f"{component}.{name}": layer
         for component, model in components.items()
-        for name, layer in match_targets(model, targets(component)).items()
+        for name, layer in match_targets(model, targets[component]).items()
     }
     dtype, optimizer = _compute_dtype(config), optimizer_name(config)
     layers = dense_layers(linears, dtype, None).values()

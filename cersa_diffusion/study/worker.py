@@ -16,6 +16,7 @@ from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from cersa_diffusion.errors import CersaError, NonFiniteError
+from cersa_diffusion.methods.cersa import CersaMethod
 from cersa_diffusion.metrics.embedding import scoring_device
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.study.cells import CLASS_PICTURES, TRAINING_FILE, Cell, base_cell, cell_settings, write_json
@@ -34,7 +35,6 @@ from cersa_diffusion.training import (
 )
 from cersa_diffusion.training.callbacks import ProgressBar
 from cersa_diffusion.training.data.classes import sample_class_pictures
-from cersa_diffusion.training.methods import CersaMethod
 from cersa_diffusion.training.run.result import RESULT_FILE
 
 CLOCK_FILE = "clock.json"
@@ -104,7 +104,7 @@ def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> 
             sample_class_pictures(pipeline, config)
         return pipeline
     components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
-    method = CersaMethod(config)
+    method = CersaMethod(config, config.targets)
     method.plan(components, torch.float32)
     for name, model in components.items():
         print(f"{name}: {method.prepare(name, model)}", flush=True)

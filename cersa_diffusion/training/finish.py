@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from cersa_diffusion.errors import CersaError
+from cersa_diffusion.methods.table import load_result
 from cersa_diffusion.training.callbacks import TrainingCallback
-from cersa_diffusion.training.methods import load_result
 from cersa_diffusion.training.publish.upload import CARD_FILE, Publication, write_model_card
 from cersa_diffusion.training.run import previews
 from cersa_diffusion.training.run.loop import DreamBoothRun

@@ -10,7 +10,8 @@ import pandas as pd
 
 from cersa_diffusion import export_lora
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.training.methods import METHODS, CersaMethod
+from cersa_diffusion.methods.cersa import CersaMethod
+from cersa_diffusion.methods.table import METHODS
 from gradio_app import uploads
 from gradio_app.jobs import ENDED, Job, new_name
 from gradio_app.state import App

@@ -11,8 +11,8 @@ from cersa_diffusion.analysis.kinds import targets_by_component
 from cersa_diffusion.analysis.memory_table import TableSettings, draw_memory, in_columns_of_the_paper, memory_rows
 from cersa_diffusion.analysis.models import open_model
 from cersa_diffusion.analysis.throughput import random_inputs
-from cersa_diffusion.methods.adaptations import FullAdaptation
 from cersa_diffusion.methods.settings import MethodSettings
+from cersa_diffusion.methods.table import make_method
 
 from ..conftest import raises
 
@@ -58,8 +58,7 @@ def test_every_row_is_what_a_step_occupies(name, model_path):
     assert list(rows) == list(METHODS)
     for title, settings in METHODS.items():
         own = copy.deepcopy(model).train()
-        adaptation = FullAdaptation(None) if title == "full" else settings.adaptation(targets["model"])
-        adaptation.prepare(own)
+        make_method(settings, {"model": None} if title == "full" else targets).prepare("model", own)
         found = measured(own, random_inputs(own, 2))
         assert {part: rows[title][part] for part in found} == found, title
     assert not any(hasattr(module, "cores") for module in model.modules())

@@ -23,10 +23,12 @@ import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.classification import ClassifierSettings, RunArguments, load_classifier
 from cersa_diffusion.classification.model import load_config, load_for_training, load_processor
-from cersa_diffusion.classification.result import load_head, save_classifier
+from cersa_diffusion.classification.result import save_classifier
 from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.classification.trainer import ClassifierTrainer
 from cersa_diffusion.layers.model import match_targets
+from cersa_diffusion.methods.base import head_state
+from cersa_diffusion.methods.cersa import load_head
 
 from ..conftest import DEVICE, raises
 
@@ -271,7 +273,8 @@ def test_full_fine_tuning_trains_everything_unless_layers_are_named(model_path):
 
 
 def test_the_head_starts_the_same_for_every_method(model_path):
-    heads = [prepared("deberta-v3", model_path, method=method, **own).head_state() for method, own in OPTIONS.items()]
+    classifiers = [prepared("deberta-v3", model_path, method=method, **own) for method, own in OPTIONS.items()]
+    heads = [head_state(classifier.model, classifier.head) for classifier in classifiers]
     assert all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
 
 

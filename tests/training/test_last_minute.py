@@ -126,7 +126,7 @@ def test_each_write_may_fail_once(config, wanted, monkeypatch, tmp_path, stride)
 
 
 def test_the_result_that_cannot_be_written_is_made_up_for(config, wanted, monkeypatch):
-    monkeypatch.setattr("cersa_diffusion.training.methods.save_adapter", _raise(FULL))
+    monkeypatch.setattr("cersa_diffusion.methods.cersa.save_adapter", _raise(FULL))
     with raises(CersaError, config.output_dir, "result", "--resume_from_checkpoint latest"):
         train_dreambooth(config, [])
     assert [step for step, folder in list_checkpoints(Path(config.output_dir)) if damage(folder) is None] == [STEPS]

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from cersa_diffusion import ConfigError
+from cersa_diffusion.methods.table import METHODS
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, load_result, train_dreambooth
 from cersa_diffusion.training.data.captions import read_examples
-from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.run.loop import DreamBoothRun
 
 from ..conftest import raises

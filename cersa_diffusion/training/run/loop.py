@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.layers.model import trainable_parameters
+from cersa_diffusion.methods.table import make_method
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.private_names import enable_gradient_checkpointing
 from cersa_diffusion.processes import any_process, share_bases
@@ -29,12 +30,11 @@ from cersa_diffusion.training.checkpoints.keeper import CheckpointKeeper
 from cersa_diffusion.training.data.captions import Example, caption_summary
 from cersa_diffusion.training.data.dataset import DreamBoothDataset, collate
 from cersa_diffusion.training.data.latent_cache import LatentCache, cache_latents, cache_text_embeddings
-from cersa_diffusion.training.methods import METHODS
 from cersa_diffusion.training.run import previews
 from cersa_diffusion.training.run.interrupt import StopRequest
 from cersa_diffusion.training.run.loss import DreamBoothLoss
 from cersa_diffusion.training.run.memory import memory_table, peak_memory, planned_memory, tensor_bytes
-from cersa_diffusion.training.run.optimizers import make_optimizer
+from cersa_diffusion.training.run.optimizers import make_optimizer, optimizer_name
 from cersa_diffusion.training.run.rates import keep_rates
 from cersa_diffusion.training.run.result import TrainResult, size_on_disk
 from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
@@ -68,7 +68,7 @@ class DreamBoothRun:
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)
-        self.method = METHODS[config.method](config)
+        self.method = make_method(config, config.targets)
         self.components = config.family.components(base, text_encoders=config.train_text_encoder)
         for model in (base.vae, *config.family.components(base).values()):
             model.requires_grad_(False)
@@ -100,7 +100,7 @@ class DreamBoothRun:
         base_loss = self._probe() if probed else None
         # Here and not earlier: what a method draws at its start depends on nothing but the seed.
         set_seed(config.seed)
-        self.method.plan(self.components, self.compute_dtype)
+        self.method.plan(self.components, self.compute_dtype, optimizer=optimizer_name(config))
         lines = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
         self._set_precision()
         share_bases(self.components)
@@ -142,7 +142,7 @@ class DreamBoothRun:
         if dtype != torch.float32:
             for name, model in config.family.components(self.base).items():
                 if name in self.components:
-                    self.method.cast_frozen(name, model, dtype)
+                    self.method.cast_frozen(model, dtype)
                 else:
                     model.to(dtype=dtype)
         if config.gradient_checkpointing:
@@ -375,7 +375,8 @@ class DreamBoothRun:
             "python": platform.python_version(),
         }
         with staged_folder(output_dir) as staging:
-            weights_path = output_dir / self.method.save(self.components, staging, facts).relative_to(staging)
+            saved = self.method.save(self.components, staging, config.origin, facts)
+            weights_path = output_dir / saved.relative_to(staging)
         trained = self.trained()
         held = {id(t): t for model in self.components.values() for t in (*model.parameters(), *model.buffers())}
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

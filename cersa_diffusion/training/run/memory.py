@@ -13,9 +13,9 @@ from cersa_diffusion.memory.budget import dense_layers, untouched_bytes
 from cersa_diffusion.memory.cost import LayerInput, MemoryUse, full_memory, lora_memory
 from cersa_diffusion.memory.plan import plan_memory
 from cersa_diffusion.memory.tables import PARTS
-from cersa_diffusion.methods.settings import CERSA_METHODS
+from cersa_diffusion.methods.base import Method
+from cersa_diffusion.methods.cersa import CersaMethod
 from cersa_diffusion.text import mib, text_table
-from cersa_diffusion.training.methods import Method
 from cersa_diffusion.training.run.optimizers import optimizer_name
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
@@ -40,8 +40,8 @@ def planned_memory(
         tokens: what the layers are given in one step.
     """
     optimizer = optimizer_name(config)
-    if config.method in CERSA_METHODS:
-        settings = {name: config.cersa_config(method.targets(name)) for name in components}
+    if isinstance(method, CersaMethod):
+        settings = {name: method.config(name) for name in components}
         plan = plan_memory(
             components, settings, lora_rank=config.rank, optimizer=optimizer, weight_dtype=dtype, tokens=tokens
         )  # fmt: skip
@@ -50,7 +50,7 @@ def planned_memory(
     linears = {
         f"{component}.{name}": layer
         for component, model in components.items()
-        for name, layer in match_targets(model, method.targets(component)).items()
+        for name, layer in match_targets(model, method.targets[component]).items()
     }
     layers = dense_layers(linears, dtype, tokens).values()
     frozen, full = (sum(untouched_bytes(components, list(linears.values()), each).values()) for each in (dtype, torch.float32))

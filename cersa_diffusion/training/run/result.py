@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.files import atomic_write
-from cersa_diffusion.training.methods import METHODS
+from cersa_diffusion.methods.table import METHODS
 from cersa_diffusion.training.run.truncation import TruncationCost
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 

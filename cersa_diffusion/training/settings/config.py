@@ -6,10 +6,12 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import ClassVar, Literal
 
+from cersa_diffusion.config import option
 from cersa_diffusion.families.base import Family
 from cersa_diffusion.families.names import is_text_encoder
 from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
 from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
+from cersa_diffusion.methods.base import Origin
 from cersa_diffusion.methods.settings import MethodSettings
 from cersa_diffusion.training.settings.checks import check_config, check_types
 
@@ -20,10 +22,6 @@ FREE_ON_RESUME = {"resume_from_checkpoint", "output_dir", "num_train_epochs", "m
                   "validation_inference_steps", "report_to",
                   "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "sample_batch_size",
                   "cache_to_disk", "allow_tf32"}  # fmt: skip
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -40,115 +38,115 @@ class DreamBoothConfig(MethodSettings):
     instance_prompt: str = field(
         metadata={"help": "Prompt that names the subject, e.g. 'a photo of sks dog', for pictures without their own caption."}
     )
-    instance_data_dir: str | None = _option(
+    instance_data_dir: str | None = option(
         None,
         "Folder with the pictures of the subject. A text file of a picture's name, or metadata.jsonl (file_name and "
         "caption_column), holds its own caption.",
     )
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None, "Instead of instance_data_dir: a data set for `datasets.load_dataset`, a hub id or a local folder."
     )
-    dataset_config_name: str | None = _option(None, "Configuration of the data set.")
-    image_column: str = _option("image", "Column of the data set with the pictures.")
-    caption_column: str = _option("text", "Column of the data set, or key in metadata.jsonl, with the captions.")
-    repeats: int = _option(1, "How often each picture comes in an epoch; matters to num_train_epochs only.")
-    unet_target_modules: list[str] | None = _option(
+    dataset_config_name: str | None = option(None, "Configuration of the data set.")
+    image_column: str = option("image", "Column of the data set with the pictures.")
+    caption_column: str = option("text", "Column of the data set, or key in metadata.jsonl, with the captions.")
+    repeats: int = option(1, "How often each picture comes in an epoch; matters to num_train_epochs only.")
+    unet_target_modules: list[str] | None = option(
         None,
         "Layers of the UNet to train: name endings, 'all-linear' (the default), or one regular expression for whole names.",
     )
-    text_encoder_target_modules: list[str] | None = _option(
+    text_encoder_target_modules: list[str] | None = option(
         None,
         "Layers of the text encoder to train, in the same forms. Default: those of the attention, q_proj k_proj v_proj out_proj.",
     )
-    revision: str | None = _option(None, "Revision of the base on the hub.")
-    variant: str | None = _option(None, "Variant of the base's weight files, e.g. fp16.")
-    class_data_dir: str | None = _option(None, "Folder of class pictures for prior preservation; filled up by the base model.")
-    class_prompt: str | None = _option(None, "Prompt of the class pictures, e.g. 'a photo of dog'.")
-    with_prior_preservation: bool = _option(False, "Also train on class pictures, so that the class does not become the subject.")
-    prior_loss_weight: float = _option(1.0, "Weight of the prior preservation loss.")
-    num_class_images: int = _option(100, "Class pictures wanted; missing ones are sampled from the base.")
-    sample_batch_size: int = _option(4, "Batch size for sampling class pictures.")
-    output_dir: str = _option("cersa-dreambooth-model", "Folder for the result and the checkpoints.")
-    seed: int = _option(0, "Seed of everything random: same seed, same machine, same result.")
-    resolution: int = _option(512, "Pictures are resized to this many pixels on the shorter side and cropped square.")
-    aspect_ratio_buckets: bool = _option(
+    revision: str | None = option(None, "Revision of the base on the hub.")
+    variant: str | None = option(None, "Variant of the base's weight files, e.g. fp16.")
+    class_data_dir: str | None = option(None, "Folder of class pictures for prior preservation; filled up by the base model.")
+    class_prompt: str | None = option(None, "Prompt of the class pictures, e.g. 'a photo of dog'.")
+    with_prior_preservation: bool = option(False, "Also train on class pictures, so that the class does not become the subject.")
+    prior_loss_weight: float = option(1.0, "Weight of the prior preservation loss.")
+    num_class_images: int = option(100, "Class pictures wanted; missing ones are sampled from the base.")
+    sample_batch_size: int = option(4, "Batch size for sampling class pictures.")
+    output_dir: str = option("cersa-dreambooth-model", "Folder for the result and the checkpoints.")
+    seed: int = option(0, "Seed of everything random: same seed, same machine, same result.")
+    resolution: int = option(512, "Pictures are resized to this many pixels on the shorter side and cropped square.")
+    aspect_ratio_buckets: bool = option(
         False, "Keep the pictures' shapes instead of cropping them square: sizes near resolution x resolution in pixels."
     )
-    bucket_step: int = _option(64, "Sides of the buckets are multiples of this many pixels.")
-    cache_latents: bool = _option(
+    bucket_step: int = option(64, "Sides of the buckets are multiples of this many pixels.")
+    cache_latents: bool = option(
         False, "Encode every picture once, before training; a random crop is then drawn once for each picture."
     )
-    pre_compute_text_embeddings: bool = _option(
+    pre_compute_text_embeddings: bool = option(
         False, "Encode every prompt once, before training, and put the text encoder away; it must not be trained."
     )
-    cache_to_disk: bool = _option(False, "Keep cached latents and text embeddings in the cache folder, for later runs.")
-    center_crop: bool = _option(False, "Crop the centre instead of a random square.")
-    random_flip: bool = _option(False, "Mirror pictures at random.")
-    train_text_encoder: bool = _option(
+    cache_to_disk: bool = option(False, "Keep cached latents and text embeddings in the cache folder, for later runs.")
+    center_crop: bool = option(False, "Crop the centre instead of a random square.")
+    random_flip: bool = option(False, "Mirror pictures at random.")
+    train_text_encoder: bool = option(
         True, "Also train the attention of the text encoder, as the paper does (the diffusers examples leave it frozen)."
     )
-    train_batch_size: int = _option(4, "Pictures per step and process.")
-    num_train_epochs: int | None = _option(None, "Length of the training in epochs, where max_train_steps does not say it.")
-    max_train_steps: int | None = _option(
+    train_batch_size: int = option(4, "Pictures per step and process.")
+    num_train_epochs: int | None = option(None, "Length of the training in epochs, where max_train_steps does not say it.")
+    max_train_steps: int | None = option(
         None, f"Length of the training in optimizer steps. Default: num_train_epochs, or {DEFAULT_STEPS} steps."
     )
-    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass: less memory, slower.")
-    learning_rate: float = _option(
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    learning_rate: float = option(
         5e-4, "Learning rate. The right one differs by method and decides more than the method: try a few."
     )
-    text_encoder_lr: float | None = _option(
+    text_encoder_lr: float | None = option(
         None, "Learning rate of the text encoder. Default: learning_rate; a tenth of it forgets fewer other prompts."
     )
-    scale_lr: bool = _option(
+    scale_lr: bool = option(
         False, "Multiply the learning rates by the pictures of a step (batch size, accumulated batches, processes)."
     )
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = _option(
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = option(
         "constant", "Course of the learning rate."
     )
-    lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
-    lr_num_cycles: int = _option(1, "Restarts of cosine_with_restarts.")
-    lr_power: float = _option(1.0, "Power of polynomial.")
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = _option(
+    lr_warmup_steps: int = option(0, "Warm-up steps of the learning rate.")
+    lr_num_cycles: int = option(1, "Restarts of cosine_with_restarts.")
+    lr_power: float = option(1.0, "Power of polynomial.")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option(
         "adamw",
         "adamw8bit takes the package bitsandbytes, prodigy the package prodigyopt (it finds its own rate: learning_rate 1).",
     )
-    use_8bit_adam: bool = _option(False, "The same as --optimizer adamw8bit.")
-    adam_beta1: float = _option(0.9, "AdamW, Prodigy: beta1.")
-    adam_beta2: float = _option(0.999, "AdamW, Prodigy: beta2.")
-    adam_weight_decay: float = _option(
+    use_8bit_adam: bool = option(False, "The same as --optimizer adamw8bit.")
+    adam_beta1: float = option(0.9, "AdamW, Prodigy: beta1.")
+    adam_beta2: float = option(0.999, "AdamW, Prodigy: beta2.")
+    adam_weight_decay: float = option(
         1e-2, "Weight decay of every optimizer; for CERSA it pulls towards the base, not towards zero."
     )
-    adam_epsilon: float = _option(1e-8, "AdamW, Prodigy: epsilon.")
-    use_ema: bool = _option(False, "Save the moving average of the trained weights, and draw the previews with it.")
-    ema_decay: float = _option(0.999, "Decay of the moving average (it starts lower).")
-    snr_gamma: float | None = _option(
+    adam_epsilon: float = option(1e-8, "AdamW, Prodigy: epsilon.")
+    use_ema: bool = option(False, "Save the moving average of the trained weights, and draw the previews with it.")
+    ema_decay: float = option(0.999, "Decay of the moving average (it starts lower).")
+    snr_gamma: float | None = option(
         None, "Weight samples by min-SNR with this gamma (arXiv 2303.09556 recommends 5), class pictures too. Default: all alike."
     )
-    noise_offset: float = _option(
+    noise_offset: float = option(
         0.0, "Shift the noise of every channel by a random number of this scale: for dark and bright pictures."
     )
-    max_grad_norm: float = _option(1.0, "Gradient clipping.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: what `accelerate launch` was given.")
-    prior_generation_precision: Literal["fp32", "fp16", "bf16"] = _option("fp32", "Precision of sampling class pictures.")
-    allow_tf32: bool = _option(False, "Allow TF32 matrix products on Ampere and later cards: faster, less exact.")
-    checkpointing_steps: int = _option(500, "A checkpoint to resume from every so many steps.")
-    checkpoints_total_limit: int | None = _option(None, "Keep only this many newest checkpoints.")
-    resume_from_checkpoint: str | None = _option(None, "'latest' or the path of a checkpoint folder.")
-    validation_prompt: str | None = _option(
+    max_grad_norm: float = option(1.0, "Gradient clipping.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: what `accelerate launch` was given.")
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of sampling class pictures.")
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later cards: faster, less exact.")
+    checkpointing_steps: int = option(500, "A checkpoint to resume from every so many steps.")
+    checkpoints_total_limit: int | None = option(None, "Keep only this many newest checkpoints.")
+    resume_from_checkpoint: str | None = option(None, "'latest' or the path of a checkpoint folder.")
+    validation_prompt: str | None = option(
         None, "Pictures of this prompt, always from the same seeds: before the first step, on the way, and by the saved result."
     )
-    num_validation_images: int = _option(4, "Pictures of each preview.")
-    validation_steps: int = _option(100, "A preview every so many steps.")
-    validation_inference_steps: int = _option(25, "Denoising steps of the pipeline's scheduler for a preview.")
-    report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
+    num_validation_images: int = option(4, "Pictures of each preview.")
+    validation_steps: int = option(100, "A preview every so many steps.")
+    validation_inference_steps: int = option(25, "Denoising steps of the pipeline's scheduler for a preview.")
+    report_to: Literal["tensorboard", "wandb", "all"] | None = option(
         None, "Also log loss, learning rates and previews there (needs that package)."
     )
-    logging_dir: str = _option("logs", "Folder of the logs, below output_dir.")
-    push_to_hub: bool = _option(False, "Upload the result, its card and the last pictures to the hub at the end.")
-    hub_token: str | None = _option(None, "Token for the upload. Default: that of `hf auth login`.")
-    hub_model_id: str | None = _option(None, "Repository to upload to. Default: the name of output_dir.")
-    dataloader_num_workers: int = _option(0, "Processes that load pictures.")
+    logging_dir: str = option("logs", "Folder of the logs, below output_dir.")
+    push_to_hub: bool = option(False, "Upload the result, its card and the last pictures to the hub at the end.")
+    hub_token: str | None = option(None, "Token for the upload. Default: that of `hf auth login`.")
+    hub_model_id: str | None = option(None, "Repository to upload to. Default: the name of output_dir.")
+    dataloader_num_workers: int = option(0, "Processes that load pictures.")
 
     def __post_init__(self):
         check_types(self)
@@ -167,6 +165,20 @@ class DreamBoothConfig(MethodSettings):
         # One plain name is an ending, as it is among several; anything else that is alone is a pattern for whole names.
         pattern = len(chosen) == 1 and (chosen[0] == "all-linear" or not re.fullmatch(r"[\w.]+", chosen[0]))
         return chosen[0] if pattern else chosen
+
+    @property
+    def targets(self) -> dict[str, str | list[str]]:
+        """Component -> the layers that are trained, as `match_targets` takes them; the default ones where none were asked for."""
+        return {
+            name: self.target_modules(name) or default
+            for name, default in self.family.trained.items()
+            if self.train_text_encoder or not is_text_encoder(name)
+        }
+
+    @property
+    def origin(self) -> Origin:
+        """What is loaded before the training."""
+        return Origin(self.pretrained_model_name_or_path, self.revision, self.variant)
 
     def total_steps(self, pictures: int, processes: int) -> int:
         """Optimizer steps of the whole training.
@@ -217,4 +229,4 @@ class DreamBoothXLConfig(DreamBoothConfig):
 
     family: ClassVar[Family] = STABLE_DIFFUSION_XL
 
-    resolution: int = _option(1024, "Pictures are resized to this many pixels on the shorter side and cropped square.")
+    resolution: int = option(1024, "Pictures are resized to this many pixels on the shorter side and cropped square.")
