@@ -21,7 +21,7 @@ from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.memory.budget import TargetLayer, allocate, survey, untouched_bytes
 from cersa_diffusion.memory.cost import cersa_memory
 from cersa_diffusion.pipelines.open import load_base
-from cersa_diffusion.text import markdown_table
+from cersa_diffusion.text import table
 
 BASE = Path(__file__).resolve().parents[1] / "assets" / "emoji-base"
 NAMES = ("fox", "grinning cat", "red apple", "rocket", "octopus", "umbrella", "tulip", "face with tears of joy")
@@ -105,15 +105,10 @@ def main() -> None:
         rows.append({"alpha": alpha, "budget": budget, "errors": errors})
         print(f"alpha {alpha}: done", flush=True)
     header = ["alpha that sets the bytes", "MB in all", *rows[0]["errors"]]
-    print(
-        markdown_table(
-            header,
-            [
-                [str(row["alpha"]), f"{row['budget'] / 1e6:.1f}", *(f"{value:.1%}" for value in row["errors"].values())]
-                for row in rows
-            ],
-        )
-    )
+    cells = [
+        [str(row["alpha"]), f"{row['budget'] / 1e6:.1f}", *(f"{value:.1%}" for value in row["errors"].values())] for row in rows
+    ]
+    print(table(header, cells, markdown=True))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

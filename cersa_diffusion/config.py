@@ -6,6 +6,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cersa_diffusion.errors import ConfigError
@@ -20,6 +21,10 @@ def option(default, text: str):
         text: the help.
     """
     return field(default=default, metadata={"help": text})
+
+
+# What a precision's name means for the models that compute in it.
+PRECISIONS = {None: torch.float32, "no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LayerRanks(NamedTuple):

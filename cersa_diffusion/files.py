@@ -125,6 +125,21 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
 
 
+# What an error says of a name that is neither.
+NEITHER = "no such folder, and not the form of a hub id (owner/name)"
+
+
+def is_hub_id(name: str, *, owner: bool = True) -> bool:
+    """Whether a name has the form of an id on the hub.
+
+    Args:
+        name: "owner/name".
+        owner: without it a name alone will do as well, as for the first models on the hub.
+    """
+    slashes = name.count("/")
+    return (slashes == 1 or (slashes == 0 and not owner)) and not name.startswith((".", "/", "~"))
+
+
 def public_name(name: str) -> str:
     """An id on the hub as it is, of a path its last part."""
     return Path(name).absolute().name if is_local(name) else name

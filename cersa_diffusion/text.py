@@ -1,9 +1,8 @@
-"""Text for people: tables and sizes."""
+"""Text for people: tables, sizes, and what an error says in one line."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+import csv
+import io
+from collections.abc import Mapping, Sequence
 
 
 def mib(size: int) -> str:
@@ -11,8 +10,13 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def text_table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
-    """Cells in columns, numbers to the right.
+def one_line(error: object, limit: int = 200) -> str:
+    """The message of an error without line breaks, cut to so many characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Cells in columns, the first to the left, the others to the right.
 
     Args:
         header: titles of the columns.
@@ -26,20 +30,15 @@ def text_table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
     ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * width for width in widths], *lines[1:]])
-    rule = [f"{'-' * (width - 1)}{':' if number else '-'}" for number, width in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    rule = "|".join("-" * (width + 1) + (":" if number else "-") for number, width in enumerate(widths))
+    shown = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([shown[0], f"|{rule}|", *shown[1:]])
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A GitHub-flavoured table; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return (
-            "| "
-            + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-            + " |"
-        )
-
-    rule = "|" + "|".join(("-" * (w + 2)) if i == 0 else ("-" * (w + 1) + ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of the same columns as comma-separated values; the first row names the columns."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

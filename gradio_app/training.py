@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
 from cersa_diffusion.families.table import family_of
@@ -154,7 +155,7 @@ class TrainForm:
         config = self._config(pipeline, source, Path("planned"), PRESETS.get(self.preset, {}))
         method = make_method(config, config.targets)
         components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
+        dtype = PRECISIONS[config.mixed_precision]
         pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
         tokens = _tokens(pipeline, source, pictures, config.resolution)
         with warnings.catch_warnings():

@@ -25,7 +25,7 @@ from cersa_diffusion.metrics.similarity import clip_image_similarity, latent_dis
 from cersa_diffusion.pictures import load_picture
 from cersa_diffusion.pipelines.draw import generate, picture_grid
 from cersa_diffusion.pipelines.open import load_base
-from cersa_diffusion.text import markdown_table
+from cersa_diffusion.text import table
 from cersa_diffusion.training import load_result
 from cersa_diffusion.training.run.result import RESULT_FILE
 
@@ -179,7 +179,7 @@ class Judge:
         return {"clipscore": sum(scores) / len(scores), "clip_i": 1.0, "distance": 0.0}, row
 
 
-def table(scores: dict[str, dict], results: dict[str, dict]) -> str:
+def results_table(scores: dict[str, dict], results: dict[str, dict]) -> str:
     """The demo's table in Markdown."""
     rows = []
     for label, score in scores.items():
@@ -194,7 +194,7 @@ def table(scores: dict[str, dict], results: dict[str, dict]) -> str:
             cells += ["-"] * 4
         rows.append(cells)
     header = ["", "CLIPScore", "CLIP-I", "distance", "drift", "trainable", "bytes while training", "seconds", "file"]
-    return markdown_table(header, rows)
+    return table(header, rows, markdown=True)
 
 
 def compare(subject: dict, results: dict[str, dict]) -> tuple[dict[str, dict], dict[str, list[Image.Image]]]:
@@ -236,7 +236,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     scores, rows = compare(subject, results)
     picture_grid(rows, [title for title, _ in columns(subject)]).save(output / "side_by_side.png")
-    text = table(scores, results)
+    text = results_table(scores, results)
     (output / "table.md").write_text(text + "\n")
     (output / "results.json").write_text(json.dumps({"scores": scores, "runs": results}, indent=2) + "\n")
     print(f"\n{text}\n\n{time.perf_counter() - start:.0f} s in all")

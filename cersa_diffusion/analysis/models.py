@@ -28,6 +28,7 @@ from cersa_diffusion.layers.kinds import can_be_factored, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import name_matches
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
+from cersa_diffusion.text import one_line
 
 RESULT_DESCRIPTION = "cersa_classifier.json"
 PEFT_DESCRIPTION = "adapter_config.json"
@@ -109,7 +110,7 @@ def _load(folder: Path) -> Opened:
         logging.set_verbosity_error()
         model, loading = cls.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **dtype)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"{folder}: cannot be loaded as {class_name} from safetensors ({reason}); pickles are not read"
         ) from error
@@ -271,7 +272,7 @@ def _with_peft(base: Source, adapter: Path) -> Opened:
     try:
         return Opened({"model": _merged(PeftModel.from_pretrained(owner, str(adapter)))})
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise BaseMismatchError(f"{adapter} does not fit {_title(base)}: {reason}") from error
 
 

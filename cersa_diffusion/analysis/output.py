@@ -1,6 +1,5 @@
 """What an analysis writes: a CSV file of its figures and a picture of them."""
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.text import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,10 +45,7 @@ class Output:
             ending: of the file name.
         """
         path = self.path(ending)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        path.write_text(csv_text(rows), encoding="utf-8", newline="")
         return path
 
     def picture(self, figure: "Figure", ending: str = ".png") -> Path:
@@ -80,7 +77,7 @@ def new_figure(width: float, height: float, title: str = "") -> "Figure":
 
 
 def text_of(rows: Sequence[Mapping[str, object]], formats: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of some columns, for `cersa_diffusion.text.text_table`.
+    """Header and cells of some columns, for `cersa_diffusion.text.table`.
 
     Args:
         rows: of the same columns.

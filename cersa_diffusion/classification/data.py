@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 
 from cersa_diffusion.classification.settings import SplitSettings
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.text import one_line
 
 # "None", "NA" and "null" are classes and sentences like others.
 _AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
@@ -65,7 +66,7 @@ def read_file(path: str, what: str) -> Dataset:
     try:
         return datasets.load_dataset(reader, data_files={"train": path}, split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = one_line(error.__cause__ or error)
         raise ConfigError(f"{what}: {path} cannot be read as {suffix.removeprefix('.').upper()} ({reason})") from error
 
 
@@ -90,7 +91,7 @@ def load_named(settings: SplitSettings, validation_splits: tuple[str, ...] | Non
         else:
             loaded = datasets.load_dataset(name, configuration)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"dataset_name: {name} (configuration {configuration}) cannot be loaded ({reason})") from error
     train = _split(loaded, settings.train_split, "train_split", name)
     if settings.validation_fraction is not None:

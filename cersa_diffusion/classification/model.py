@@ -20,9 +20,11 @@ from transformers.utils import logging
 from cersa_diffusion.classification.settings import ClassifierSettings
 from cersa_diffusion.classification.targets import check_outside_head, target_pattern
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import NEITHER, is_hub_id
 from cersa_diffusion.layers.model import LONE_COMPONENT
 from cersa_diffusion.methods.base import Method
 from cersa_diffusion.methods.table import make_method
+from cersa_diffusion.text import one_line
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def load_processor(kind: str, settings: ClassifierSettings):
         ConfigError: no such folder or model, or none for this kind of input.
     """
     path = settings.model_name_or_path
-    if not os.path.isdir(path) and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ConfigError(f"model {path}: no such folder, and not the form of a hub id (owner/name)")
+    if not os.path.isdir(path) and not is_hub_id(path, owner=False):
+        raise ConfigError(f"model {path}: {NEITHER}")
     try:
         return KINDS[kind].processor.from_pretrained(path, revision=settings.revision)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model {path}: no {kind} processor can be loaded ({_reason(error)})") from error
+        raise ConfigError(f"model {path}: no {kind} processor can be loaded ({one_line(error)})") from error
 
 
 def load_config(settings: ClassifierSettings, label_names: list[str] | None) -> PreTrainedConfig:
@@ -94,7 +96,7 @@ def load_config(settings: ClassifierSettings, label_names: list[str] | None) -> 
     try:
         config = AutoConfig.from_pretrained(path, revision=settings.revision, **labels)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {path}: its configuration cannot be loaded ({_reason(error)})") from error
+        raise ConfigError(f"model {path}: its configuration cannot be loaded ({one_line(error)})") from error
     # DeBERTa reads a name that its configuration only has where it was set.
     of_classifier = "cls_dropout" if config.model_type in ("deberta", "deberta-v2") else "classifier_dropout"
     for option, name in {"attention_dropout": "attention_probs_dropout_prob", "classifier_dropout": of_classifier}.items():
@@ -133,7 +135,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model {name_or_path}: cannot be loaded as a classifier ({_reason(error)}); "
+            f"model {name_or_path}: cannot be loaded as a classifier ({one_line(error)}); "
             "only safetensors files are read, no pickles (pytorch_model.bin)"
         ) from error
     finally:
@@ -151,10 +153,6 @@ def load_base(
         some = ", ".join(lacking[:3])
         raise ConfigError(f"model {name_or_path}: the checkpoint has no weights for {len(lacking)} modules, e.g. {some}")
     return model, [*own, *poolers]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def load_for_training(

@@ -11,6 +11,7 @@ from cersa_diffusion.classification.tasks import GLUE_TASKS
 from cersa_diffusion.config import option
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.methods.settings import MethodSettings
+from cersa_diffusion.text import one_line
 
 
 @dataclass(kw_only=True)
@@ -171,4 +172,4 @@ class RunArguments(TrainingArguments):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise ConfigError(" ".join(str(error).split())) from error
+            raise ConfigError(one_line(error, 1000)) from error

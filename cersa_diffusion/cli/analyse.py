@@ -11,14 +11,14 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.memory.cost import OPTIMIZERS
 from cersa_diffusion.memory.plot import PLOTTED_ALPHAS
-from cersa_diffusion.text import text_table
+from cersa_diffusion.text import table
 
 # The modules of the analyses are imported by the commands that need them: transformers and peft are slow to import.
 MIB = 2**20
 
 
 def _show(rows: Sequence[Mapping], formats: Mapping[str, str], *paths) -> None:
-    print(text_table(*text_of(rows, formats), markdown=False))
+    print(table(*text_of(rows, formats)))
     print(f"\nwritten: {', '.join(map(str, paths))}")
 
 

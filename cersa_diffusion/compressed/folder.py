@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.errors import AdapterFormatError, ConfigError
+from cersa_diffusion.files import NEITHER, is_hub_id
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.layers.kinds import can_be_factored
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import replace_module
 from cersa_diffusion.private_names import CONVERSION_MAPPING, PREFIX_CHANGE, RENAME_SOURCE_KEY, WEIGHT_RENAMING
+from cersa_diffusion.text import one_line
 
 WEIGHTS_NAME = "cersa_model.safetensors"
 DESCRIPTION_NAME = "cersa_compression.json"
@@ -103,7 +105,7 @@ def load_compressed(
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"{folder}: cannot be loaded from safetensors ({reason}); pickles are not read") from error
     return pipeline.to(device) if device is not None else pipeline
 
@@ -310,8 +312,8 @@ def local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path
-    if str(name_or_path).count("/") != 1 or path.is_absolute():
-        raise ConfigError(f"{name_or_path}: no such folder, and not the form of a hub id (owner/name)")
+    if not is_hub_id(str(name_or_path)):
+        raise ConfigError(f"{name_or_path}: {NEITHER}")
     # Imported here: only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -28,7 +28,7 @@ from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor, te
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.families.names import DENOISERS
-from cersa_diffusion.files import flush, flush_tree
+from cersa_diffusion.files import NEITHER, flush, flush_tree, is_hub_id
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.model import check_untied, match_targets
 from cersa_diffusion.memory.cost import is_profitable
@@ -271,8 +271,8 @@ def _local(model: str | os.PathLike, revision: str | None, variant: str | None) 
     path = Path(model)
     if path.is_dir():
         return path
-    if str(model).count("/") != 1 or path.is_absolute():
-        raise ConfigError(f"{model}: no such folder, and not the form of a hub id (owner/name)")
+    if not is_hub_id(str(model)):
+        raise ConfigError(f"{model}: {NEITHER}")
     # Imported here: only hub ids need it.
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -3,7 +3,7 @@
 import statistics
 from typing import TYPE_CHECKING
 
-from cersa_diffusion.text import mib, text_table
+from cersa_diffusion.text import mib, table
 
 if TYPE_CHECKING:
     from cersa_diffusion.memory.plan import MemoryPlan
@@ -43,7 +43,7 @@ def _kinds(plan: "MemoryPlan", markdown: bool) -> str:
         marked = sum(layer.unprofitable for layer in layers)
         ratio = f"{sizes[0] / sizes[1]:.2f}"
         rows.append([kind, str(len(layers)), *shares, str(marked), *map(mib, sizes), ratio])
-    return text_table(header, rows, markdown)
+    return table(header, rows, markdown=markdown)
 
 
 def _totals(plan: "MemoryPlan", markdown: bool) -> str:
@@ -62,7 +62,7 @@ def _totals(plan: "MemoryPlan", markdown: bool) -> str:
     for title, sizes in sums.items():
         rows.append([title, *map(mib, sizes), *(f"{sizes[0] / other:.2f}" if other else "" for other in sizes[1:])])
     header = ["", "CERSA", f"LoRA r={plan.lora_rank}", "full", "CERSA / LoRA", "CERSA / full"]
-    return text_table(header, rows, markdown)
+    return table(header, rows, markdown=markdown)
 
 
 def _notes(plan: "MemoryPlan") -> list[str]:

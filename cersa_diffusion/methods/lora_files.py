@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.files import atomic_write, safetensors_bytes
+from cersa_diffusion.text import one_line
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 _SETTINGS = "lora_adapter_metadata"
@@ -97,7 +98,7 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str | None 
     except ValueError as error:
         for model in models.values():
             delete_adapter_layers(model, name)
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise BaseMismatchError(f"{path} does not fit this {type(pipeline).__name__}: {reason}") from error
 
 
@@ -160,7 +161,7 @@ def _load_by_diffusers(pipeline: DiffusionPipeline, path: Path, adapter_name: st
     try:
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"{path}: diffusers cannot load this LoRA ({reason})") from error
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.embedding import embed_in_batches, scoring_device
+from cersa_diffusion.text import one_line
 
 # The encoder of the DreamBooth paper.
 DREAMBOOTH_ENCODER = "facebook/dino-vits16"
@@ -43,7 +44,7 @@ class VisionEncoder:
             # As PIL pictures, which is how these models were evaluated.
             self.processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(f"vision model {self.name}: cannot be loaded ({reason})") from error
         finally:
             logging.set_verbosity(verbosity)

@@ -1,6 +1,5 @@
 """All scores of a set of pictures in one go, and the files and the table they are written to."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from cersa_diffusion.metrics.clipscore import BACKENDS, PERCENT
 from cersa_diffusion.metrics.embedding import PictureEncoder
 from cersa_diffusion.metrics.encoders import VisionEncoder
 from cersa_diffusion.metrics.similarity import Lpips, diversity, latent_distance, paired_distance, similarity_to_references
-from cersa_diffusion.text import markdown_table
+from cersa_diffusion.text import csv_text, table
 
 # Figures are rounded where they are written: the last bits depend on the number of threads.
 DIGITS = 5
@@ -164,7 +163,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         rows = [[name, f"{value:.4f}", "lower" if name.startswith("drift") else "higher"] for name, value in self.means.items()]
-        return markdown_table(["measure", "mean", "better"], rows)
+        return table(["measure", "mean", "better"], rows, markdown=True)
 
     def write(self, folder: str | Path) -> None:
         """Writes scores.json (everything), scores.csv (a row per picture) and table.md (the means).
@@ -176,10 +175,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         everything = {"settings": self.settings, "means": self.means, "pictures": self.rows}
         (folder / "scores.json").write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        (folder / "scores.csv").write_text(csv_text(self.rows), encoding="utf-8", newline="")
         (folder / "table.md").write_text(f"{self}\n", encoding="utf-8")
 
 

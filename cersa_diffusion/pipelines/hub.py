@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
 from cersa_diffusion.errors import AdapterFormatError
+from cersa_diffusion.files import NEITHER, is_hub_id
 
 # What `load_cersa_weights` hands on to huggingface_hub.hf_hub_download.
 HUB_ARGUMENTS = frozenset(
@@ -36,8 +37,8 @@ def find_adapter_file(
         return path
     if path.is_dir():
         return _find_in_folder(path / subfolder if subfolder else path, weight_name)
-    if str(name_or_path).count("/") != 1 or path.suffix == ".safetensors":
-        raise AdapterFormatError(f"{name_or_path}: no such file or folder, and not the form of a hub id (owner/name)")
+    if not is_hub_id(str(name_or_path)) or path.suffix == ".safetensors":
+        raise AdapterFormatError(f"{name_or_path}: {NEITHER}")
     # Imported here: only hub ids need it.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

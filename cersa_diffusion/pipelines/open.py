@@ -10,6 +10,8 @@ from cersa_diffusion.adapters.file import AdapterFile
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.families.base import Family
 from cersa_diffusion.families.table import family_of
+from cersa_diffusion.files import NEITHER, is_hub_id
+from cersa_diffusion.text import one_line
 
 
 def load_base(
@@ -34,8 +36,8 @@ def load_base(
     """
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
         raise ConfigError(f"base {name_or_path}: no model_index.json in this folder, expected a diffusers pipeline")
-    if not os.path.isdir(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
-        raise ConfigError(f"base {name_or_path}: no such folder, and not the form of a hub id (owner/name)")
+    if not os.path.isdir(name_or_path) and not is_hub_id(name_or_path):
+        raise ConfigError(f"base {name_or_path}: {NEITHER}")
     verbosity = diffusers_logging.get_verbosity()
     try:
         # Silences the reminder about the safety checker, and the loader's traceback where the error below says it in a line.
@@ -47,7 +49,7 @@ def load_base(
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"base {name_or_path}: cannot be loaded as a text-to-image pipeline from safetensors ({reason}); pickles are not read"
         ) from error
@@ -93,7 +95,7 @@ def base_pipeline(adapter: AdapterFile, base: str | os.PathLike | None, dtype: t
     try:
         return DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"base {base}: cannot be loaded as a pipeline from safetensors ({reason}); pickles are not read: pass another base"
         ) from error

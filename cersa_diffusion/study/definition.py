@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import NEITHER, is_hub_id
 from cersa_diffusion.methods.settings import READ_BY
 from cersa_diffusion.study.subjects import VALIDATION, Subject, read_subject
 from cersa_diffusion.training.settings.checks import check_names
@@ -288,8 +289,8 @@ def check_study(study: Study) -> None:
             raise ConfigError(f"sampling.{name} is {getattr(study.sampling, name)}, expected more than 0")
     for name in (study.base, study.scoring.clip, study.scoring.vision):
         place = study.place(name)
-        if not Path(place).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
-            raise ConfigError(f"{place}: no such folder, and not the form of a hub id (owner/name)")
+        if not Path(place).is_dir() and not is_hub_id(name):
+            raise ConfigError(f"{place}: {NEITHER}")
     _check_training(study)
     subjects = study.read_subjects()
     if not subjects:

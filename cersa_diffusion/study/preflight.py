@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from cersa_diffusion.config import parse_bytes
+from cersa_diffusion.config import PRECISIONS, parse_bytes
 from cersa_diffusion.errors import CersaError, ConfigError
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.memory.budget import dense_layers, untouched_bytes
@@ -80,15 +79,11 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     budget = str(lora_bytes(rank))
     method = CersaMethod(replace(config, memory_budget=budget), config.targets)
     # Found here rather than in the middle of the comparison; the decompositions stay in the cache.
-    method.plan(components, _compute_dtype(config))
+    method.plan(components, PRECISIONS[config.mixed_precision])
     return [
         Row("lora-matched", "lora", {"rank": rank}, tuple(matched.learning_rates["lora"])),
         Row("cersa-matched", "cersa", {"memory_budget": budget}, tuple(matched.learning_rates["cersa"])),
     ]
-
-
-def _compute_dtype(config: DreamBoothConfig) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
 
 
 def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -> Callable[[int], int]:
@@ -99,7 +94,7 @@ def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -
         for component, model in components.items()
         for name, layer in match_targets(model, targets[component]).items()
     }
-    dtype, optimizer = _compute_dtype(config), optimizer_name(config)
+    dtype, optimizer = PRECISIONS[config.mixed_precision], optimizer_name(config)
     layers = dense_layers(linears, dtype, None).values()
     frozen = sum(untouched_bytes(components, list(linears.values()), dtype).values())
     return lambda rank: frozen + sum(lora_memory(layer, rank, optimizer).total for layer in layers)

@@ -1,7 +1,5 @@
 """The table of a comparison: mean and spread of every measure for every row, as CSV, Markdown and JSON."""
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from cersa_diffusion.study.cells import TRAINING_FILE, Cell, base_cell, read_res
 from cersa_diffusion.study.definition import Study
 from cersa_diffusion.study.subjects import TEST, Subject
 from cersa_diffusion.study.tuning import Choice
-from cersa_diffusion.text import markdown_table
+from cersa_diffusion.text import csv_text, table
 
 ALL = "all"
 
@@ -148,7 +146,7 @@ class Table:
             [self._label(line), f"{line.rate:g}" if line.rate else "-", *(cell(line, measure) for measure in measures)]
             for line in self.of(subject)
         ]
-        return markdown_table(header, rows)
+        return table(header, rows, markdown=True)
 
     def _label(self, line: Line) -> str:
         return f"{line.row} ({line.diverged} diverged)" if line.diverged else line.row
@@ -177,15 +175,15 @@ class Table:
         write_json(output / "table.json", {"lines": [line.to_dict() for line in self.lines], "learning_rates": rates})
 
     def _csv(self, measures: Sequence[Measure]) -> str:
-        measures, file = self.measured(measures), io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        spreads = [name for measure in measures for name in (measure.name, f"{measure.name}_spread")]
-        writer.writerow(["row", "subject", "learning_rate", "cells", "diverged", *spreads])
+        rows = []
         for line in self.lines:
-            figures = [line.figures.get(measure.name) for measure in measures]
-            values = [value for figure in figures for value in ((figure.mean, figure.spread) if figure else (None, None))]
-            writer.writerow([line.row, line.subject, line.rate, line.cells, line.diverged, *values])
-        return file.getvalue()
+            row = {"row": line.row, "subject": line.subject, "learning_rate": line.rate, "cells": line.cells}
+            row["diverged"] = line.diverged
+            for measure in self.measured(measures):
+                figure = line.figures.get(measure.name)
+                row |= {measure.name: figure and figure.mean, f"{measure.name}_spread": figure and figure.spread}
+            rows.append(row)
+        return csv_text(rows)
 
 
 def cell(line: Line, measure: Measure) -> str:

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
+from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import CersaError
 from cersa_diffusion.methods.table import load_result
+from cersa_diffusion.text import one_line
 from cersa_diffusion.training.callbacks import TrainingCallback
 from cersa_diffusion.training.publish.upload import CARD_FILE, Publication, write_model_card
 from cersa_diffusion.training.run import previews
@@ -97,7 +99,7 @@ def add_extras(
             raise KeyboardInterrupt(f"all steps are done, the result is {result.weights_path}; {name} is missing") from None
         # Whatever goes wrong here, the result is there and the next of these may succeed.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             warnings.warn(
                 f"{name} failed ({type(error).__name__}: {reason}); the result is {result.weights_path}: {MAKE_UP}", stacklevel=2
             )
@@ -109,7 +111,7 @@ def add_extras(
 
 def _draw(config: DreamBoothConfig, result: TrainResult, accelerator: Accelerator) -> list[Image.Image]:
     """Pictures by the saved result in a fresh pipeline: what they show is what the file gives."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = PRECISIONS[accelerator.mixed_precision]
     opened = load_result(
         result.method,
         Path(result.weights_path),

@@ -324,7 +324,7 @@ def test_the_report_says_plainly_when_cersa_costs_more(network):
 def test_markdown_holds_the_cells_of_the_text(network):
     plan = plan_memory(network, CONFIG, optimizer="adamw8bit", show_progress=False)
     rows = [line for line in plan.to_markdown().splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows[:5]}) == 1 and rows[1].startswith("| ---")
+    assert len({line.count("|") for line in rows[:5]}) == 1 and rows[1].startswith("|---")
     cells = {cell.strip() for line in rows for cell in line.split("|")} - {""}
     assert all(cell in str(plan) for cell in cells if not cell.startswith("--"))
     assert "not measured" in str(plan)

@@ -21,6 +21,7 @@ from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.files import flush, flush_tree, replace_path
 from cersa_diffusion.layers.model import cersa_layers
 from cersa_diffusion.processes import any_process
+from cersa_diffusion.text import one_line
 from cersa_diffusion.training.checkpoints.portable import AVERAGE, TRAINED, core_parameters, restore_portable, save_portable
 
 # Written last: a folder without it, or whose files are not those it lists, is no checkpoint.
@@ -111,7 +112,7 @@ def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: in
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.save has no OSError for a full disk
-            raise OSError(" ".join(str(error).split())[:200]) from error
+            raise OSError(one_line(error)) from error
 
     def finish() -> None:
         if accelerator.is_main_process:

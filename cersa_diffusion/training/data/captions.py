@@ -12,6 +12,7 @@ from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.pictures import METADATA_FILE, load_picture, picture_fault, picture_paths, picture_size, warn_of_skipped
+from cersa_diffusion.text import one_line
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _load_dataset(config: DreamBoothConfig) -> "Dataset":
     try:
         return datasets.load_dataset(config.dataset_name, config.dataset_config_name, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"dataset_name: {config.dataset_name} cannot be loaded with a split 'train' ({reason})") from error
 
 

@@ -1,12 +1,12 @@
 """The class pictures of prior preservation, drawn by the base."""
 
-import contextlib
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import NonFiniteError
 from cersa_diffusion.pictures import picture_paths
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -27,8 +27,8 @@ def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig)
     first = max(present, *(number + 1 for number in numbered), 0)
     missing = range(first, first + config.num_class_images - present)
     pipeline.set_progress_bar_config(disable=True)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.prior_generation_precision)
-    precision = torch.autocast(pipeline.device.type, dtype) if dtype else contextlib.nullcontext()
+    dtype = PRECISIONS[config.prior_generation_precision]
+    precision = torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
     with tqdm(total=len(missing), desc="class pictures", unit="picture", disable=not missing) as bar, precision:
         for start in range(0, len(missing), config.sample_batch_size):
             numbers = missing[start : start + config.sample_batch_size]

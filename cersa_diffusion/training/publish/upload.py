@@ -11,6 +11,7 @@ from PIL import Image
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.files import is_local
+from cersa_diffusion.text import one_line
 from cersa_diffusion.training.publish.public_files import public_result, public_settings, public_weights
 from cersa_diffusion.training.run.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -92,7 +93,7 @@ class Publication:
         try:
             return cls(api, api.create_repo(name, exist_ok=True).repo_id, config)
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 f"push_to_hub: repository {name} cannot be made ({reason}): log in with `hf auth login` or give hub_token"
             ) from error

@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.layers.model import trainable_parameters
@@ -84,7 +85,7 @@ class DreamBoothRun:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the models compute in."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return PRECISIONS[self.accelerator.mixed_precision]
 
     def trained(self) -> list[nn.Parameter]:
         """All parameters that are trained."""

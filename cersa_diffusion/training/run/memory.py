@@ -15,7 +15,7 @@ from cersa_diffusion.memory.plan import plan_memory
 from cersa_diffusion.memory.tables import PARTS
 from cersa_diffusion.methods.base import Method
 from cersa_diffusion.methods.cersa import CersaMethod
-from cersa_diffusion.text import mib, text_table
+from cersa_diffusion.text import mib, table
 from cersa_diffusion.training.run.optimizers import optimizer_name
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
@@ -84,7 +84,7 @@ def memory_table(uses: Mapping[str, MemoryUse], config: DreamBoothConfig, dtype:
         caption += ", and gradient checkpointing keeps only a part of them"
     if config.use_ema:
         caption += "; the moving average takes the trained weights once more"
-    return f"{caption}\n{text_table(['', *uses], rows, markdown=False)}"
+    return f"{caption}\n{table(['', *uses], rows)}"
 
 
 def _trained(config: DreamBoothConfig) -> list[str]:
