@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help install demo app test test-newest test-lowest constraints check bench base clean
+.PHONY: help install demo app test test-newest test-lowest constraints check bench gpu base clean
 
 help:
 	@echo "make demo    learn a subject with CERSA, LoRA and full fine-tuning; picture and table in outputs/demo"
@@ -14,6 +14,7 @@ help:
 	@echo "make constraints    constraints.txt anew, from the registry"
 	@echo "make check   lint and formatting"
 	@echo "make bench   speed and memory as ratios to LoRA and full fine-tuning: layers, loading, saving, decomposing a whole UNet"
+	@echo "make gpu     on a machine with a GPU: layers, blocks and the suite there; docs/benchmarks-gpu.md"
 	@echo "make base    rebuild the embedded models from openly licensed artwork (needs npm; long)"
 
 install: $(INSTALLED)
@@ -67,6 +68,11 @@ bench: $(INSTALLED)
 	$(RUN) benchmarks/loading.py
 	$(RUN) benchmarks/saving.py
 	$(RUN) benchmarks/whole_model.py --fraction 0.1
+
+# On a machine with a GPU, in nine minutes. Without one: make gpu DEVICE=cpu SMALL=1
+DEVICE ?= cuda
+gpu: $(INSTALLED)
+	$(RUN) benchmarks/gpu.py --device $(DEVICE) $(if $(SMALL),--small)
 
 base: $(INSTALLED)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[base]"
