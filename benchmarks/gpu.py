@@ -3,8 +3,8 @@
 
 Layers and blocks have the shapes of Stable Diffusion 2.1, SDXL and FLUX.2-klein-4B. CERSA at three shares k/n, LoRA r = 32, LoRA
 r = 32 on a 4-bit base (bitsandbytes, NF4) and full fine-tuning run in the same process, in bfloat16. CERSA and both LoRAs have
-frozen weights in bfloat16 and trained ones in float32; full fine-tuning has float32 weights under autocast, as in the trainers. The
-factors are random: time and memory depend on shapes alone.
+frozen weights in bfloat16 and trained ones in float32; full fine-tuning has float32 weights under autocast, as in the trainers.
+The factors are random: time and memory depend on shapes alone.
 
 `make gpu` writes outputs/gpu/results.json and docs/benchmarks-gpu.md. `make gpu DEVICE=cpu SMALL=1` is a dry run without a GPU:
 small shapes, a part of the suite, and no page.
