@@ -42,11 +42,11 @@ def save_portable(components: Mapping[str, nn.Module], folder: Path, averages: M
         folder: the folder of the checkpoint.
         averages: trained parameter -> its moving average; may be empty.
     """
+    values_of = {TRAINED: None, AVERAGE: averages} if averages else {TRAINED: None}
     tensors = {
         # Copied: trained cores and averages share their pivot tensors, and safetensors refuses shared tensors.
         f"{kind}/{component}/{name}": tensor.clone()
-        for kind, values in ((TRAINED, None), (AVERAGE, averages))
-        if kind == TRAINED or averages
+        for kind, values in values_of.items()
         for component, model in components.items()
         for name, tensor in portable_cores(model, values=values).items()
     }
@@ -74,7 +74,7 @@ def restore_portable(
     if not path.is_file():
         raise CersaError(
             f"{folder}: it was written for other singular vectors (another machine, thread count or torch release) and has no "
-            f"{PORTABLE_FILE} to restore the cores from: resume on the machine where it was started, or start a new training"
+            f"{PORTABLE_FILE} to solve for the cores from: resume in the environment of its start, or start a new training"
         )
     stored, errors = load_file(path), {}
     for component, model in components.items():
@@ -85,7 +85,7 @@ def restore_portable(
     if errors[worst] > LARGEST_ERROR:
         raise CersaError(
             f"{folder}: layer {worst} cannot be converted to the singular vectors of this machine (error {errors[worst]:.1%}, "
-            f"expected at most {LARGEST_ERROR:.0%}): resume on the machine where it was started, or start a new training"
+            f"expected at most {LARGEST_ERROR:.0%}): resume in the environment of its start, or start a new training"
         )
     if kind == TRAINED:
         warnings.warn(
