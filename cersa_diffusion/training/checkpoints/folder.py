@@ -281,8 +281,7 @@ def load_weights(components: dict[str, nn.Module], folder: Path, *, solve: bool)
     stored, current = load_file(folder / WEIGHTS_FILE), trained_weights(components)
     if set(stored) != set(current):
         raise CersaError(
-            f"{folder}: its {len(stored)} trained tensors are named differently from the {len(current)} of this run: use the same "
-            "settings"
+            f"{folder}: it holds {len(stored)} trained tensors, this run has {len(current)} different ones: use the same settings"
         )
     for name, parameter in current.items():
         if stored[name].shape != parameter.shape:

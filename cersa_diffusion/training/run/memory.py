@@ -101,7 +101,7 @@ def peak_memory(device: torch.device) -> int:
         # getrusage would also count the memory that the parent process held when it started this one.
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if sys.platform == "win32":
-        # psutil and resource are imported here because each exists, or is needed, on some systems only.
+        # Imported here, like `resource` below: each is needed on one kind of system only.
         import psutil
 
         return psutil.Process().memory_info().peak_wset
