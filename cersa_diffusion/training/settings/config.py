@@ -68,8 +68,7 @@ class DreamBoothConfig(MethodSettings):
     seed: int = option(0, "Seed of all random numbers: the same seed on the same machine gives the same result.")
     resolution: int = option(512, RESOLUTION)
     aspect_ratio_buckets: bool = option(
-        False,
-        "Keep the aspect ratios of the pictures, in sizes of about resolution x resolution pixels, instead of a square crop.",
+        False, "Keep the aspect ratios of the pictures, at about resolution x resolution pixels, instead of a square crop."
     )
     bucket_step: int = option(64, "The sides of the buckets are multiples of this number of pixels.")
     cache_latents: bool = option(False, "Encode every picture once, before training; each picture then has one random crop.")
@@ -115,8 +114,7 @@ class DreamBoothConfig(MethodSettings):
     use_ema: bool = option(False, "Save the moving average of the trained weights, and draw the previews with it.")
     ema_decay: float = option(0.999, "Decay of the moving average (lower in the first steps).")
     snr_gamma: float | None = option(
-        None,
-        "Weight samples, class pictures too, by min-SNR with this gamma (arXiv 2303.09556 recommends 5). Default: equal weights.",
+        None, "Weight samples, also class pictures, by min-SNR with this gamma (arXiv 2303.09556 recommends 5). Default: equally."
     )
     noise_offset: float = option(
         0.0, "Shift the noise of every channel by a random number of this scale: for dark and bright pictures."
@@ -199,7 +197,7 @@ class DreamBoothConfig(MethodSettings):
 
 @dataclass
 class DreamBoothXLConfig(DreamBoothConfig):
-    """One DreamBooth run on SDXL; its text encoders are trained together, with the same settings. Raises as `DreamBoothConfig`."""
+    """A DreamBooth run on SDXL; its text encoders are trained together, with the same settings. Raises as `DreamBoothConfig`."""
 
     family: ClassVar[Family] = STABLE_DIFFUSION_XL
 
