@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes, the bucket of a picture, and the pictures of every step; all sizes are (height, width) in pixels."""
+"""Aspect-ratio buckets: their sizes in pixels, the bucket of a picture, and the pictures of every step."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import numpy as np
 
 from cersa_diffusion.errors import ConfigError
 
+# Height and width in pixels.
 Size = tuple[int, int]
 # The largest ratio of the longer to the shorter side; longer pictures are cropped.
 LONGEST_RATIO = 2.0

@@ -99,10 +99,8 @@ def class_examples(paths: list[Path], config: DreamBoothConfig) -> list[Example]
 def caption_summary(examples: list[Example], config: DreamBoothConfig) -> str:
     """A line with the number of pictures and the number of those with captions of their own."""
     captioned = sum(example.prompt != config.instance_prompt for example in examples)
-    pictures = f"{len(examples)} picture{'s' * (len(examples) != 1)}"
-    return (
-        f"{pictures}, {captioned} with captions of their own" if captioned else f"{pictures}, all of '{config.instance_prompt}'"
-    )
+    prompts = f"{captioned} with captions of their own" if captioned else f"all of '{config.instance_prompt}'"
+    return f"{len(examples)} picture{'s' * (len(examples) != 1)}, {prompts}"
 
 
 def _from_folder(config: DreamBoothConfig) -> list[Example]:
@@ -205,9 +203,7 @@ def _has_captions(columns: Collection[str], config: DreamBoothConfig, source: st
 
 def _clean_caption(caption: Any, where: str) -> str:
     if not isinstance(caption, str) or not caption.strip():
-        raise ConfigError(
-            f"{where}: the caption is {caption!r}, expected text: write it, or remove the entry to use instance_prompt"
-        )
+        raise ConfigError(f"{where}: the caption is {caption!r}, expected text: write it, or remove it to use instance_prompt")
     return " ".join(caption.split())
 
 
