@@ -1,4 +1,4 @@
-"""DreamBooth training: settings, data, methods, checkpoints and the loop."""
+"""DreamBooth training: settings, data, methods, checkpoints and the training loop."""
 
 from cersa_diffusion.methods.table import load_result
 from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped

@@ -1,4 +1,4 @@
-"""What a program that runs a training can listen to (plan, steps, previews, checkpoints, end), and how it stops one."""
+"""Callbacks: a program that runs a training receives its events (plan, steps, previews, checkpoints, end) and can stop it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TrainingStopped(Exception):
-    """A callback asked for the end of the training; a checkpoint was written before."""
+    """A callback asked to stop the training; a checkpoint was written first."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class RunStart:
     """What is known before the first step.
 
     Attributes:
-        description: what is trained, what it takes and what it costs, a paragraph each.
-        plan: bytes of the trained components by method: the run's own first ("cersa"), then what it is compared with
-            ("lora r=32", "full").
-        first_step: steps done before, by a run that is resumed.
-        total_steps: of the whole training.
-        expected_seconds: that the steps will take, by a trial.
+        description: paragraphs on what is trained, its memory, its time, and the cost of truncation.
+        plan: bytes of the trained components by method: first the method of the run ("cersa"), then the methods it is compared
+            with ("lora r=32", "full").
+        first_step: steps that a resumed run did before.
+        total_steps: steps of the whole training.
+        expected_seconds: time of the remaining steps, estimated from one measured batch.
     """
 
     description: tuple[str, ...]
@@ -45,11 +45,11 @@ class StepProgress:
 
     Attributes:
         step: steps done.
-        total_steps: of the whole training.
-        loss: of this step, the mean over all its pictures and processes.
-        learning_rate: of the UNet in this step.
-        pictures_per_second: of the subject and the class, over all processes, since this call began.
-        peak_memory: bytes: on a GPU the most allocated so far, else the most that the process has held.
+        total_steps: steps of the whole training.
+        loss: loss of this step, the mean over all its pictures and processes.
+        learning_rate: learning rate of the UNet in this step.
+        pictures_per_second: pictures of the subject and the class, over all processes, since this call began.
+        peak_memory: bytes: on a GPU the most allocated so far, otherwise the most that the process has held.
     """
 
     step: int
@@ -61,30 +61,30 @@ class StepProgress:
 
 
 class TrainingCallback:
-    """Override what is of interest; called on the main process, in the thread that trains."""
+    """The base of all callbacks: override the methods you need; they run in the main process, in the thread that trains."""
 
     def on_start(self, start: RunStart) -> None:
-        """Before the first step."""
+        """Is called before the first step."""
 
     def on_step(self, progress: StepProgress) -> None:
-        """After every optimizer step."""
+        """Is called after every optimizer step."""
 
     def on_preview(self, step: int, pictures: Sequence[Image.Image]) -> None:
-        """When previews were drawn, after so many steps."""
+        """Is called when previews were drawn, after `step` steps."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """When a checkpoint was written."""
+        """Is called when a checkpoint was written."""
 
     def on_end(self, result: "TrainResult") -> None:
-        """When the result is saved."""
+        """Is called when the result is saved."""
 
     def should_stop(self) -> bool:
-        """Asked after every step: True ends the training with a checkpoint and `TrainingStopped`."""
+        """Is called after every step: True ends the training with a checkpoint and `TrainingStopped`."""
         return False
 
 
 class ProgressBar(TrainingCallback):
-    """The description of the run, a bar with loss, learning rate, pictures a second and peak memory, and how to use the result.
+    """Prints the description of the run, a bar with loss, learning rate, pictures per second and peak memory, and the summary.
 
     Args:
         config: the settings of the run.
@@ -98,17 +98,14 @@ class ProgressBar(TrainingCallback):
         self._bar = tqdm(total=start.total_steps, initial=start.first_step, desc="training", unit="step")
 
     def on_step(self, progress: StepProgress) -> None:
-        self._bar.set_postfix_str(
-            f"loss {progress.loss:.4f}, lr {progress.learning_rate:.1e}, {progress.pictures_per_second:.1f} pictures/s, "
-            f"peak {progress.peak_memory / 2**30:.2f} GiB",
-            refresh=False,
-        )
+        figures = f"loss {progress.loss:.4f}, lr {progress.learning_rate:.1e}, {progress.pictures_per_second:.1f} pictures/s"
+        self._bar.set_postfix_str(f"{figures}, peak {progress.peak_memory / 2**30:.2f} GiB", refresh=False)
         self._bar.update()
         if progress.step == progress.total_steps:
             self._bar.close()
 
     def on_preview(self, step: int, pictures: Sequence[Image.Image]) -> None:
-        # The time of previews and checkpoints says nothing about that of the steps to come.
+        # Without this, the bar's estimate would count the time of previews and checkpoints as time of the steps.
         self._bar.unpause()
 
     def on_checkpoint(self, step: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""From the command line, a TOML file and a preset to the settings of a run."""
+"""Reads the settings of a run from the command line, a TOML file and a preset."""
 
 import sys
 from argparse import SUPPRESS
@@ -19,21 +19,21 @@ Config = TypeVar("Config", bound=DreamBoothConfig)
 
 
 def parse_settings(config_class: type[Config], arguments: Sequence[str] | None = None, description: str | None = None) -> Config:
-    """Settings from the command line: what stands there wins over the file, the file over the preset.
+    """Reads the settings; the command line overrides the file, and the file overrides the preset.
 
     Args:
         config_class: the dataclass whose fields are the options.
-        arguments: of the command line; default: those of the process.
-        description: for `--help`.
+        arguments: the arguments of the command line; default: those of the process.
+        description: the text for `--help`.
 
     Raises:
         ConfigError: settings that cannot work.
     """
     parser = HfArgumentParser(config_class, description=description)
     parser.add_argument("--config", metavar="FILE", help="Settings from a TOML file, such as the config.toml beside a result.")
-    parser.add_argument("--preset", choices=list(PRESETS), help="Settings for a card with this much memory (docs/training.md).")
+    parser.add_argument("--preset", choices=list(PRESETS), help="Settings for a GPU with this much memory (docs/training.md).")
     for action in parser._actions:
-        # What is not on the command line must not hide what the file or the preset says.
+        # The default of an option that is not given must not override the file or the preset.
         if action.dest != "help":
             action.default, action.required = SUPPRESS, False
     given = vars(parser.parse_args(arguments))
@@ -46,16 +46,16 @@ def parse_settings(config_class: type[Config], arguments: Sequence[str] | None =
 
 
 def main(config_class: type[DreamBoothConfig], description: str) -> None:
-    """What a training script does: settings, training, and an exit code that says how it ended.
+    """Runs a training script: reads the settings, trains, and exits with a code that tells how the training ended.
 
     Args:
         config_class: the dataclass of the settings.
-        description: for `--help`.
+        description: the text for `--help`.
     """
     try:
         train_dreambooth(parse_settings(config_class, description=description))
     except (CersaError, TrainingStopped) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}; go on with --resume_from_checkpoint latest", file=sys.stderr)
+        print(f"\n{stop or 'interrupted'}; continue with --resume_from_checkpoint latest", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""DreamBooth: a few pictures and a prompt in, an adapter out."""
+"""A DreamBooth training, from a few pictures and a prompt to the saved adapter."""
 
 import os
 import shutil
@@ -25,6 +25,7 @@ from cersa_diffusion.training.publish.upload import Publication
 from cersa_diffusion.training.run.interrupt import StopRequest
 from cersa_diffusion.training.run.lock import run_lock
 from cersa_diffusion.training.run.loop import DreamBoothRun
+from cersa_diffusion.training.run.memory import tensor_bytes
 from cersa_diffusion.training.run.optimizers import check_optimizer
 from cersa_diffusion.training.run.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -36,18 +37,18 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
     """Runs a training from the settings to the saved result.
 
     Args:
-        config: the settings; everything about them that can be wrong is found before the first write.
-        callbacks: are told what happens, and may stop it; None: a progress bar.
+        config: the settings; all of them are checked before the first write.
+        callbacks: receive the events of the run and may stop it; None: a progress bar.
 
     Returns:
         The result on the main process, None on the others.
 
     Raises:
-        ConfigError: a path, a picture folder or a setting that cannot be used.
-        CersaError: a checkpoint that cannot be resumed on this machine, or cannot be written.
+        ConfigError: a path, a picture folder or a setting cannot be used.
+        CersaError: a checkpoint cannot be resumed on this machine, or cannot be written.
         NonFiniteError: the loss became NaN or infinite.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint or, when all steps were done, the result was written.
-        TrainingStopped: a callback asked for it, after a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint is written or, if all steps were done, the result.
+        TrainingStopped: a callback asked to stop; a checkpoint is written.
     """
     callbacks = [ProgressBar(config)] if callbacks is None else callbacks
     output_dir = Path(config.output_dir)
@@ -60,9 +61,9 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
-        # The last layer of SDXL's first text encoder feeds nothing; without this, processes would wait for its gradients.
-        # Buffers are frozen bases, which `share_bases` has sent once. While one process draws class pictures the others wait
-        # longer than usual.
+        # Unused parameters: nothing reads the last layer of SDXL's first text encoder; processes would wait for its gradients.
+        # Buffers: they are frozen bases, which `share_bases` sends once. Timeout: one process draws the class pictures while the
+        # others wait longer than usual.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=len(config.family.text_encoders) > 1),
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
@@ -75,7 +76,7 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
 def _train_and_finish(
     config: DreamBoothConfig, accelerator: Accelerator, instance: list[Example], callbacks: Sequence[TrainingCallback]
 ) -> TrainResult | None:
-    """Does what is missing of a run, while nobody else trains in its folder."""
+    """Trains a run or only completes its extras; the caller holds the lock of its folder."""
     output_dir = Path(config.output_dir)
     total_steps = config.total_steps(len(instance), accelerator.num_processes)
     checkpoint = _check_output(config, output_dir, total_steps)
@@ -83,8 +84,8 @@ def _train_and_finish(
     result = _finished_result(config, output_dir, total_steps)
     if result is None:
         result = _train(config, accelerator, instance, checkpoint, callbacks)
-    elif config.report_to:
-        accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
+    else:
+        _start_trackers(config, accelerator)
     if accelerator.is_main_process:
         add_extras(config, result, accelerator, publication, callbacks)
     accelerator.end_training()
@@ -111,12 +112,11 @@ def _train(
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
         write_settings(config, output_dir / SETTINGS_FILE)
-        # Of the shorter run that is continued: with it this one would seem finished.
+        # The result of a shorter run that is resumed here: with it, the longer run would seem finished.
         (output_dir / RESULT_FILE).unlink(missing_ok=True)
-    if config.report_to:
-        accelerator.init_trackers("cersa-dreambooth", config=_tracked(config))
+    _start_trackers(config, accelerator)
     result = None
-    # Whoever asks for the end after the last step gets it when the result is on the disk.
+    # A request to stop that comes after the last step takes effect once the result is on the disk.
     with StopRequest() as stop:
         run.fit(output_dir, checkpoint, callbacks, stop)
         if accelerator.is_main_process:
@@ -130,7 +130,7 @@ def _train(
 
 
 def _finished_result(config: DreamBoothConfig, output_dir: Path, total_steps: int) -> TrainResult | None:
-    """The result of a run that lacks nothing but its pictures, card or upload."""
+    """The result of a finished run, which may lack its pictures, card or upload; None for every other run."""
     if config.resume_from_checkpoint is None or not (output_dir / RESULT_FILE).is_file():
         return None
     result = TrainResult.read(output_dir)
@@ -138,11 +138,9 @@ def _finished_result(config: DreamBoothConfig, output_dir: Path, total_steps: in
 
 
 def _check_trackers(config: DreamBoothConfig) -> None:
-    wanted = () if config.report_to in (None, "all") else (config.report_to,)
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    for name in wanted:
-        if name not in available:
-            raise ConfigError(f"report_to {name} needs the package {name}: pip install {name}")
+    name, available = config.report_to, {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    if name not in (None, "all", *available):
+        raise ConfigError(f"report_to {name} needs the package {name}: pip install {name}")
 
 
 def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) -> Path | None:
@@ -152,8 +150,8 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
     if config.resume_from_checkpoint is None:
         if (output_dir / RESULT_FILE).exists() or list_checkpoints(output_dir):
             raise ConfigError(
-                f"output_dir: {output_dir} holds a run already: add --resume_from_checkpoint latest to go on with it, "
-                "or choose another folder"
+                f"output_dir: {output_dir} already holds a run: add --resume_from_checkpoint latest to continue it, or choose "
+                "another folder"
             )
         return None
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
@@ -163,12 +161,11 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
     if settings.is_file():
         changed = config.same_run(read_settings(settings, type(config)))
         if not done:
-            # The steps that are left take the new one: a run that has diverged is to go on with a lower rate.
+            # The remaining steps use the new learning rate, so that a run that diverged can continue with a lower one.
             changed = [name for name in changed if name != "learning_rate"]
         if changed:
-            raise ConfigError(
-                f"resume_from_checkpoint: {settings.parent} was started with other settings of {', '.join(changed)}"
-            )
+            names = ", ".join(changed)
+            raise ConfigError(f"resume_from_checkpoint: {settings.parent} was started with different values of {names}")
     if finished is not None:
         if missing_extras(config, output_dir):
             return None
@@ -177,7 +174,7 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
             "num_train_epochs) to train longer"
         )
     if checkpoint is None and (output_dir / RESULT_FILE).exists():
-        raise ConfigError(f"resume_from_checkpoint: {output_dir} is finished and has no checkpoint to go on from")
+        raise ConfigError(f"resume_from_checkpoint: {output_dir} is finished and has no checkpoint to continue from")
     if checkpoint and checkpoint_step(checkpoint) > total_steps:
         raise ConfigError(
             f"resume_from_checkpoint: {checkpoint} has done {checkpoint_step(checkpoint)} steps of {total_steps}: raise "
@@ -196,39 +193,34 @@ def _class_pictures(config: DreamBoothConfig, base: DiffusionPipeline, accelerat
 
 
 def check_disk_space(run: DreamBoothRun, output_dir: Path) -> None:
-    """Refuses a disk on which not even one checkpoint beside the result has room.
+    """Refuses a disk that has no room for the result and one checkpoint.
 
     Args:
-        run: prepared for training.
-        output_dir: where it will write; it need not exist.
+        run: the run, prepared for training.
+        output_dir: the folder of the run; it need not exist.
 
     Raises:
-        ConfigError: naming what is needed and what is free.
+        ConfigError: the message names the needed and the free MiB.
     """
     numbers = sum(parameter.numel() for parameter in run.trained())
+    models = [model for model in run.base.components.values() if isinstance(model, torch.nn.Module)]
+    pipeline_bytes = tensor_bytes(parameter for model in models for parameter in model.parameters())
     # A checkpoint holds the weights and two moments of each, in float32; full fine-tuning saves the whole pipeline.
-    needed = 12 * numbers + (sum(_sizes(run.base)) if run.config.method == "full" else 4 * numbers)
+    needed = 12 * numbers + (pipeline_bytes if run.config.method == "full" else 4 * numbers)
     parent = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"output_dir: {output_dir} has {free / 2**20:.0f} MiB free, a checkpoint and the result need {needed / 2**20:.0f}: "
-            "make room or choose another disk"
+            f"output_dir: {output_dir} has {free / 2**20:.0f} MiB free, but a checkpoint and the result need "
+            f"{needed / 2**20:.0f} MiB: make room or choose another disk"
         )
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"output_dir: {output_dir} cannot be written to: choose another folder")
 
 
-def _sizes(base: DiffusionPipeline) -> list[int]:
-    models = [model for model in base.components.values() if isinstance(model, torch.nn.Module)]
-    return [tensor.numel() * tensor.element_size() for model in models for tensor in model.parameters()]
-
-
-def _tracked(config: DreamBoothConfig) -> dict:
-    """The settings as trackers take them: plain values."""
-    hidden = ("hub_token",)
-    return {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in vars(config).items()
-        if name not in hidden and value is not None
-    }
+def _start_trackers(config: DreamBoothConfig, accelerator: Accelerator) -> None:
+    """Starts the trackers, if any, with the settings as plain values, which is all that they accept; the token is left out."""
+    if config.report_to:
+        settings = {name: value for name, value in vars(config).items() if name != "hub_token" and value is not None}
+        plain = {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in settings.items()}
+        accelerator.init_trackers("cersa-dreambooth", config=plain)

@@ -1,4 +1,4 @@
-"""After the last step: the result first, then what can be made up for (pictures, model card, upload), one by one."""
+"""What follows the last step: first the result, then the extras that can be added later (pictures, model card, upload)."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,19 +21,18 @@ from cersa_diffusion.training.run.result import TrainResult
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 PICTURES_FOLDER = "validation"
-MAKE_UP = "--resume_from_checkpoint latest makes up for it"
 
 
 def save_result(run: DreamBoothRun, output_dir: Path) -> TrainResult:
-    """Writes the trained weights and, when they are on the disk, the result file that says that the run is finished.
+    """Writes the trained weights and, once they are on the disk, the result file, which marks the run as finished.
 
     Args:
-        run: that has done all its steps.
-        output_dir: its folder.
+        run: the run, after its last step.
+        output_dir: folder of the run.
 
     Raises:
         NonFiniteError: a trained weight holds NaN or infinity.
-        CersaError: there is no room; nothing is left half-written.
+        CersaError: the disk has no room; no incomplete files remain.
     """
     try:
         result = run.save(output_dir)
@@ -47,7 +46,7 @@ def save_result(run: DreamBoothRun, output_dir: Path) -> TrainResult:
 
 
 def missing_extras(config: DreamBoothConfig, output_dir: Path) -> list[str]:
-    """What a finished run was asked for and does not have: its pictures, its card, its upload.
+    """Names of the extras (pictures, card, upload) that the settings ask for and that a finished run lacks.
 
     Args:
         config: the settings.
@@ -57,7 +56,7 @@ def missing_extras(config: DreamBoothConfig, output_dir: Path) -> list[str]:
     missing = ["pictures"] if config.validation_prompt and len(pictures) < config.num_validation_images else []
     if not (output_dir / CARD_FILE).is_file():
         missing.append("card")
-    # Whether an upload came through, only the hub knows; what it has already is not sent again.
+    # Only the hub knows whether an upload succeeded; files that it already has are not sent again.
     return [*missing, "upload"] if config.push_to_hub else missing
 
 
@@ -68,28 +67,23 @@ def add_extras(
     publication: Publication | None,
     callbacks: Sequence[TrainingCallback],
 ) -> None:
-    """Draws with the result, writes its card and uploads it; what fails costs a warning, the rest is still done.
+    """Draws with the result, writes its card and uploads it; a step that fails gives a warning, the others are still done.
 
     Args:
         config: the settings.
-        result: that is written.
+        result: the result, already written.
         accelerator: device and trackers.
-        publication: where to upload to, or None.
-        callbacks: are told of the pictures and of the end.
+        publication: the upload, or None.
+        callbacks: receive the pictures and the end of the run.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; says what is missing.
+        KeyboardInterrupt: Ctrl-C; the message names what is missing.
     """
     pictures: list[Image.Image] = []
-
-    def draw() -> None:
-        pictures.extend(_draw(config, result, accelerator))
-
-    def write_card() -> None:
-        write_model_card(config, result, pictures)
-
-    steps: dict[str, Callable[[], None]] = {"the pictures": draw} if config.validation_prompt else {}
-    steps["the model card"] = write_card
+    steps: dict[str, Callable[[], object]] = {}
+    if config.validation_prompt:
+        steps["the pictures"] = lambda: pictures.extend(_draw(config, result, accelerator))
+    steps["the model card"] = lambda: write_model_card(config, result, pictures)
     if publication is not None:
         steps["the upload"] = lambda: publication.upload(result)
     for name, step in steps.items():
@@ -97,11 +91,12 @@ def add_extras(
             step()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"all steps are done, the result is {result.weights_path}; {name} is missing") from None
-        # Whatever goes wrong here, the result is there and the next of these may succeed.
+        # No error may lose the result, which is written, or keep the next step from its attempt.
         except Exception as error:
-            reason = one_line(error)
             warnings.warn(
-                f"{name} failed ({type(error).__name__}: {reason}); the result is {result.weights_path}: {MAKE_UP}", stacklevel=2
+                f"{name} failed ({type(error).__name__}: {one_line(error)}); the result is {result.weights_path}: to repeat what "
+                "failed, add --resume_from_checkpoint latest",
+                stacklevel=2,
             )
     for callback in callbacks:
         if pictures:
@@ -110,18 +105,12 @@ def add_extras(
 
 
 def _draw(config: DreamBoothConfig, result: TrainResult, accelerator: Accelerator) -> list[Image.Image]:
-    """Pictures by the saved result in a fresh pipeline: what they show is what the file gives."""
-    dtype = PRECISIONS[accelerator.mixed_precision]
-    opened = load_result(
-        result.method,
-        Path(result.weights_path),
-        config.pretrained_model_name_or_path,
-        dtype=dtype,
-        revision=config.revision,
-        variant=config.variant,
-    )
-    opened.vae.to(torch.float32)
-    pictures = previews.draw(opened.to(accelerator.device), config)
+    """Draws with the saved result in a new pipeline, so that the pictures show what the file contains."""
+    dtype, weights_path = PRECISIONS[accelerator.mixed_precision], Path(result.weights_path)
+    base, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
+    pipeline = load_result(result.method, weights_path, base, dtype=dtype, revision=revision, variant=variant)
+    pipeline.vae.to(torch.float32)
+    pictures = previews.draw(pipeline.to(accelerator.device), config)
     previews.save(pictures, Path(result.output_dir) / PICTURES_FOLDER)
     previews.log_previews(accelerator, pictures, result.steps, config.validation_prompt)
     return pictures

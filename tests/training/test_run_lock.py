@@ -14,7 +14,7 @@ from ..conftest import raises
 
 HOLDER = """
 import sys, time
-from cersa_diffusion.training.run_lock import run_lock
+from cersa_diffusion.training.run.lock import run_lock
 with run_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

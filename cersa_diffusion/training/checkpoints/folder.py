@@ -24,14 +24,14 @@ from cersa_diffusion.processes import any_process
 from cersa_diffusion.text import one_line
 from cersa_diffusion.training.checkpoints.portable import AVERAGE, TRAINED, core_parameters, restore_portable, save_portable
 
-# Written last: a folder without it, or whose files are not those it lists, is no checkpoint.
+# Written last: a folder is a checkpoint only if this file exists and the folder's files are those that it lists.
 PROGRESS_FILE = "progress.json"
 WEIGHTS_FILE = "trained_weights.safetensors"
 FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
 def trained_weights(components: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """ "component.parameter" -> parameter, of everything that is trained."""
+    """All trained parameters, by the name "component.parameter"."""
     return {
         f"{component}.{name}": parameter
         for component, model in components.items()
@@ -41,7 +41,7 @@ def trained_weights(components: dict[str, nn.Module]) -> dict[str, nn.Parameter]
 
 
 def basis_digest(components: dict[str, nn.Module]) -> str:
-    """A hash of all CERSA bases: cores and optimizer moments mean nothing in other coordinates."""
+    """A hash of all CERSA bases: cores and optimizer moments are valid in these coordinates only."""
     digest = hashlib.sha256()
     for model in components.values():
         for name, layer in cersa_layers(model).items():
@@ -53,12 +53,12 @@ def basis_digest(components: dict[str, nn.Module]) -> str:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds of a run.
+    """The state of a run that a checkpoint stores.
 
     Attributes:
         accelerator: holds optimizer, scheduler, scaler and random numbers.
         components: the unwrapped models by name.
-        optimizer: of the trained parameters.
+        optimizer: the optimizer of the trained parameters.
         average: their moving average, or None.
     """
 
@@ -74,27 +74,27 @@ class TrainingState:
 
     @property
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """Trained parameter -> its moving average; empty where there is none."""
+        """Trained parameter -> its moving average; empty if there is none."""
         if self.average is None:
             return {}
         return dict(zip(trained_weights(self.components).values(), self.average.shadow_params, strict=True))
 
 
 def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: int | None) -> Path:
-    """Writes checkpoint-STEP under a temporary name, renames it, and only then removes the oldest beyond the limit.
+    """Writes checkpoint-STEP under a temporary name, renames it, and only then removes the oldest ones beyond the limit.
 
     Args:
-        state: of the run.
+        state: the state of the run.
         output_dir: folder of the run.
         step: optimizer steps done.
-        limit: how many checkpoints to keep, or None for all.
+        limit: the number of checkpoints to keep, or None for all.
 
     Returns:
-        The folder.
+        The folder of the checkpoint.
 
     Raises:
         NonFiniteError: a trained parameter holds NaN or infinity; nothing is written.
-        CersaError: it cannot be written (a full disk), in every process; the checkpoints before it stay.
+        CersaError: the checkpoint cannot be written (a full disk); raised in every process, and earlier checkpoints remain.
     """
     check_finite(state.components)
     accelerator = state.accelerator
@@ -111,22 +111,22 @@ def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: in
             accelerator.save_state(str(temporary))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # torch.save has no OSError for a full disk
+        except RuntimeError as error:  # torch.save raises no OSError if the disk is full
             raise OSError(one_line(error)) from error
 
     def finish() -> None:
         if accelerator.is_main_process:
-            _finish(state, temporary, step)
+            _write_files(state, temporary, step)
             replace_path(temporary, final)
             flush(output_dir)
 
     for stage in (begin, write_states, finish):
-        error = _failure(stage, accelerator)
+        error = _run_stage(stage, accelerator)
         if error is not None:
             if accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CersaError(
-                f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room, then "
+                f"{final}: cannot be written ({error}); earlier checkpoints are unchanged: make room, then continue with "
                 "--resume_from_checkpoint latest"
             ) from error
     if accelerator.is_main_process and limit is not None:
@@ -136,7 +136,7 @@ def save_checkpoint(state: TrainingState, output_dir: Path, step: int, limit: in
 
 
 def check_finite(components: dict[str, nn.Module]) -> None:
-    """Refuses trained weights that are lost.
+    """Checks the trained weights.
 
     Raises:
         NonFiniteError: a trained parameter holds NaN or infinity.
@@ -146,55 +146,55 @@ def check_finite(components: dict[str, nn.Module]) -> None:
             raise NonFiniteError(f"{name} holds NaN or infinity after an optimizer step: lower learning_rate")
 
 
-def _failure(stage: Callable[[], None], accelerator: Accelerator) -> Exception | None:
-    """Does a stage of the writing; returns why it failed here or, where it failed elsewhere, that it did."""
+def _run_stage(stage: Callable[[], None], accelerator: Accelerator) -> Exception | None:
+    """Runs a stage of the writing; returns the error of this process, or one that says that another process failed."""
     error = None
     try:
         stage()
-    except (OSError, SafetensorError) as caught:  # safetensors has no OSError for a full disk
+    except (OSError, SafetensorError) as caught:  # safetensors raises no OSError if the disk is full
         error = caught
     if any_process(error is not None, accelerator.device):
         return error or OSError("another process could not write its part")
     return None
 
 
-def _finish(state: TrainingState, folder: Path, step: int) -> None:
+def _write_files(state: TrainingState, folder: Path, step: int) -> None:
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_weights(state.components).items()}
     save_file(weights, folder / WEIGHTS_FILE)
     save_portable(state.components, folder, state.averages)
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): _file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     progress = {"step": step, "bases": state.bases, "files": files}
     (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1) + "\n")
-    # A checkpoint that a power cut leaves half on disk must not carry the name of a whole one.
+    # A checkpoint that a power cut leaves incomplete must not have the name of a complete one.
     flush_tree(folder)
 
 
 def _remove_old(output_dir: Path, step: int, limit: int) -> None:
-    """Keeps the newest `limit` good checkpoints up to the one just written; damaged ones do not count as kept."""
+    """Keeps the newest `limit` undamaged checkpoints, including the one of this step; damaged ones do not count as kept."""
     kept = 1
     for number, folder in reversed(list_checkpoints(output_dir)):
         if number < step:
             if kept == limit:
-                # One that cannot be removed takes room, nothing else.
+                # A checkpoint that cannot be removed only takes disk space.
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 kept += damage(folder) is None
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed run left half-written."""
+    """Removes the incomplete files of a killed run."""
     for pattern in (".*.tmp", ".*.old"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file is as it was written."""
+    """The first fault of a checkpoint folder, or None if every file is unchanged."""
     try:
         progress = json.loads((folder / PROGRESS_FILE).read_text())
         files = progress["files"]
@@ -205,59 +205,59 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _digest(path) != digest:
-            return f"{name} is not what was written"
+        if _file_digest(path) != digest:
+            return f"{name} differs from what was written"
     return None
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints, oldest first, damaged ones too."""
+    """(step, folder) of all checkpoints, oldest first, including damaged ones."""
     folders = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     return sorted((int(match[1]), path) for match, path in folders if match)
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names; None for "latest" when there is none yet.
+    """The folder that `--resume_from_checkpoint` names; None for "latest" if there is no undamaged checkpoint.
 
     Raises:
-        ConfigError: a named folder is no checkpoint, or is damaged.
+        ConfigError: the named folder is not a checkpoint, or is damaged.
     """
     if resume_from == "latest":
         for _, folder in reversed(list_checkpoints(output_dir)):
             reason = damage(folder)
             if reason is None:
                 return folder
-            warnings.warn(f"{folder} is skipped: {reason}", stacklevel=2)
+            warnings.warn(f"checkpoint {folder} is skipped: {reason}", stacklevel=2)
         return None
     folder = next((path for path in (Path(resume_from), output_dir / resume_from) if (path / PROGRESS_FILE).is_file()), None)
     if folder is None:
-        raise ConfigError(f"resume_from_checkpoint: {resume_from} is no checkpoint folder (no {PROGRESS_FILE} in it)")
+        raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a checkpoint folder (it contains no {PROGRESS_FILE})")
     reason = damage(folder)
     if reason is not None:
-        raise ConfigError(f"resume_from_checkpoint: {folder} is damaged ({reason}): take an earlier one, or 'latest'")
+        raise ConfigError(f"resume_from_checkpoint: {folder} is damaged ({reason}): choose an earlier checkpoint, or 'latest'")
     return folder
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The number of optimizer steps a checkpoint has done."""
+    """The number of optimizer steps that a checkpoint has done."""
     return json.loads((folder / PROGRESS_FILE).read_text())["step"]
 
 
 def load_checkpoint(state: TrainingState, folder: Path) -> int:
-    """Puts a checkpoint's state back; returns the number of steps it has done.
+    """Restores the state of a checkpoint; returns the number of steps it has done.
 
-    Where the singular vectors came out differently than when it was written, the cores are solved for in the present ones, and
-    the optimizer's moments start anew.
+    If the singular vectors differ from those at the time of writing, the cores are solved for in the present ones, and the
+    optimizer's moments are reset.
 
     Args:
-        state: of the run, prepared by accelerate.
-        folder: a checkpoint that is not damaged.
+        state: the state of the run, prepared by accelerate.
+        folder: an undamaged checkpoint.
 
     Raises:
         CersaError: the weights do not fit this run.
     """
     progress = json.loads((folder / PROGRESS_FILE).read_text())
-    # The bases are those of the first process everywhere, so that all processes go the same way.
+    # All processes have the bases of the first one, so that they take the same branch here.
     moved = progress["bases"] != state.bases
     load_weights(state.components, folder, solve=moved)
     state.accelerator.load_state(str(folder))
@@ -268,23 +268,25 @@ def load_checkpoint(state: TrainingState, folder: Path) -> int:
 
 
 def load_weights(components: dict[str, nn.Module], folder: Path, *, solve: bool) -> None:
-    """Puts the trained weights of a checkpoint into the models.
+    """Loads the trained weights of a checkpoint into the models.
 
     Args:
-        components: the models by name, prepared as they were.
+        components: the models by name, prepared as they were for the checkpoint.
         folder: the checkpoint.
-        solve: the bases of the models are others than the checkpoint's: solve for the cores in them, with a warning.
+        solve: the models have other bases than the checkpoint: solve for the cores in their bases, with a warning.
 
     Raises:
         CersaError: the weights do not fit these models.
     """
     stored, current = load_file(folder / WEIGHTS_FILE), trained_weights(components)
     if set(stored) != set(current):
-        raise CersaError(f"{folder}: it holds {len(stored)} trained tensors, this run has {len(current)} others: other settings?")
+        raise CersaError(
+            f"{folder}: it holds {len(stored)} trained tensors, this run has {len(current)} different ones: use the same settings"
+        )
     for name, parameter in current.items():
         if stored[name].shape != parameter.shape:
-            found, expected = tuple(stored[name].shape), tuple(parameter.shape)
-            raise CersaError(f"{folder}: {name} has shape {found}, expected {expected}: other settings or another base?")
+            shape, expected = tuple(stored[name].shape), tuple(parameter.shape)
+            raise CersaError(f"{folder}: {name} has shape {shape}, expected {expected}: use the same settings and base")
     if solve:
         restore_portable(components, folder, TRAINED)
     cores = core_parameters(components) if solve else set()
@@ -295,13 +297,6 @@ def load_weights(components: dict[str, nn.Module], folder: Path, *, solve: bool)
 
 
 def skip_model_weights(accelerator: Accelerator) -> None:
-    """Keeps accelerate from writing whole models into checkpoints: frozen weights come from the base, trained ones from us."""
-
-    def drop(models, weights, output_dir):
-        weights.clear()
-
-    def leave(models, input_dir):
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(drop)
-    accelerator.register_load_state_pre_hook(leave)
+    """Prevents accelerate from storing whole models: frozen weights come from the base, trained ones from `WEIGHTS_FILE`."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, output_dir: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, input_dir: models.clear())

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what happens when they cannot be: steps that are done are not to be lost."""
+"""When checkpoints are written, and how finished steps are kept if a checkpoint cannot be written."""
 
 import contextlib
 import hashlib
@@ -19,16 +19,16 @@ class CheckpointKeeper:
 
     Args:
         config: the settings of the run.
-        state: what is written.
+        state: the state that is written.
         output_dir: folder of the run.
-        callbacks: are told of every checkpoint.
+        callbacks: are called for every checkpoint.
     """
 
     def __init__(self, config: DreamBoothConfig, state: TrainingState, output_dir: Path, callbacks: Sequence[TrainingCallback]):
         self.config, self.state, self.output_dir, self.callbacks = config, state, output_dir, callbacks
 
     def keep(self, step: int) -> None:
-        """Writes a checkpoint on the way; where it cannot be written, the run goes on with a warning.
+        """Writes a checkpoint during the run; if it cannot be written, the run continues with a warning.
 
         Args:
             step: optimizer steps done.
@@ -41,44 +41,38 @@ class CheckpointKeeper:
         except NonFiniteError:
             raise
         except CersaError as error:
-            warnings.warn(f"{error}; the run goes on", stacklevel=2)
+            warnings.warn(f"{error}; the run continues", stacklevel=2)
 
     def keep_last(self, step: int) -> Path:
-        """Writes the checkpoint that a run ends with: beside the system's temporary files, if there is no room in its folder.
+        """Writes the last checkpoint of a run: in the system's temporary folder if its own has no room; returns its folder.
 
         Args:
             step: optimizer steps done.
 
-        Returns:
-            The folder of the checkpoint.
-
         Raises:
             NonFiniteError: a trained parameter holds NaN or infinity.
-            CersaError: there is no room anywhere.
+            CersaError: neither folder has room.
         """
         try:
             return self._write(self.output_dir, step)
         except NonFiniteError:
             raise
         except CersaError as error:
-            refuge = self._refuge()
-            folder = self._write(refuge, step)
+            fallback = self._fallback_folder()
+            folder = self._write(fallback, step)
             if self.state.accelerator.is_main_process:
-                write_settings(self.config, refuge / SETTINGS_FILE)
+                write_settings(self.config, fallback / SETTINGS_FILE)
             warnings.warn(
-                f"{error}. It was written to {folder} instead: --resume_from_checkpoint {folder} goes on from there", stacklevel=2
+                f"{error}. It was written to {folder} instead: continue with --resume_from_checkpoint {folder}", stacklevel=2
             )
             return folder
 
     def keep_good(self, step: int, trained: bool) -> str:
-        """Keeps the state before an update that would have destroyed it.
+        """Keeps the last state without NaN and infinity; returns the end of a message that names its checkpoint.
 
         Args:
             step: optimizer steps done.
             trained: whether this call did any of them.
-
-        Returns:
-            The end of a message: where the last good state is.
         """
         if trained:
             with contextlib.suppress(CersaError):
@@ -92,7 +86,7 @@ class CheckpointKeeper:
             callback.on_checkpoint(step, checkpoint)
         return checkpoint
 
-    def _refuge(self) -> Path:
-        # The same in all processes of the run, and another one for every run.
+    def _fallback_folder(self) -> Path:
+        # The same folder in all processes of the run, and a different one for every run.
         path = self.output_dir.absolute()
         return Path(tempfile.gettempdir()) / f"cersa-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

@@ -1,8 +1,8 @@
-"""The part of a checkpoint that survives a change of machine: cores without the singular vectors they were trained in.
+"""The part of a checkpoint that another machine can load: cores in a form that does not depend on the singular vectors.
 
-Raw cores mean nothing in other singular vectors than those they were trained in, and these come out differently on another
-machine, after a lost cache or with another torch. So a checkpoint also holds, as an adapter file does, the block of every
-layer's weight change at pivot rows and columns, which no choice of singular vectors changes.
+Cores are valid only for the singular vectors that they were trained with, and these differ on another machine, after a lost
+cache or with another torch. A checkpoint therefore also holds, like an adapter file, the block of every layer's weight change
+at pivot rows and columns, which is the same for every choice of singular vectors.
 """
 
 import warnings
@@ -17,10 +17,10 @@ from cersa_diffusion.errors import CersaError
 from cersa_diffusion.layers.model import cersa_layers
 
 PORTABLE_FILE = "portable_cores.safetensors"
-# What is kept of every core: as it is trained, and its moving average.
+# The two stored forms of every core: the trained core and its moving average.
 TRAINED, AVERAGE = "trained", "average"
-# A core that fits other bases worse than this has not been carried over. Sparse and diagonal cores need the very places and
-# components that they were trained on.
+# The largest error of a core in new bases. Sparse and diagonal cores need exactly the entries and components that they were
+# trained on.
 LARGEST_ERROR = 0.01
 
 
@@ -35,39 +35,35 @@ def core_parameters(components: Mapping[str, nn.Module]) -> set[nn.Parameter]:
 
 
 def save_portable(components: Mapping[str, nn.Module], folder: Path, averages: Mapping[nn.Parameter, Tensor]) -> None:
-    """Writes the cores of all components, and their moving averages, in a form that depends on no singular vectors.
+    """Writes the cores of all components, and their moving averages, in a form that does not depend on the singular vectors.
 
     Args:
         components: the models by name.
-        folder: of the checkpoint.
+        folder: the folder of the checkpoint.
         averages: trained parameter -> its moving average; may be empty.
     """
-    tensors = _named(components, TRAINED, None)
-    if averages:
-        tensors |= _named(components, AVERAGE, averages)
-    if tensors:
-        save_file(tensors, folder / PORTABLE_FILE)
-
-
-def _named(components: Mapping[str, nn.Module], kind: str, values: Mapping[nn.Parameter, Tensor] | None) -> dict[str, Tensor]:
-    return {
-        # Copied: of the trained cores and their averages the pivots are the same tensors, which safetensors refuses.
+    values_of = {TRAINED: None, AVERAGE: averages} if averages else {TRAINED: None}
+    tensors = {
+        # Copied: trained cores and averages share their pivot tensors, and safetensors refuses shared tensors.
         f"{kind}/{component}/{name}": tensor.clone()
+        for kind, values in values_of.items()
         for component, model in components.items()
         for name, tensor in portable_cores(model, values=values).items()
     }
+    if tensors:
+        save_file(tensors, folder / PORTABLE_FILE)
 
 
 def restore_portable(
     components: Mapping[str, nn.Module], folder: Path, kind: str, values: Mapping[nn.Parameter, Tensor] | None = None
 ) -> None:
-    """Solves for the cores of a checkpoint in the bases that the models have now, with a warning.
+    """Solves for the cores of a checkpoint in the present bases of the models, with a warning.
 
     Args:
         components: the models by name, with CERSA layers of the same ranks.
-        folder: of the checkpoint.
+        folder: the folder of the checkpoint.
         kind: TRAINED or AVERAGE.
-        values: core parameter -> tensor to write to in its place; None: the parameters themselves; empty: nothing is to be done.
+        values: core parameter -> tensor to write to instead; None: the parameters themselves; empty: nothing is restored.
 
     Raises:
         CersaError: the checkpoint has no such cores, or they do not fit these models.
@@ -77,8 +73,8 @@ def restore_portable(
     path = folder / PORTABLE_FILE
     if not path.is_file():
         raise CersaError(
-            f"{folder}: it was written for other singular vectors (another machine, thread count or torch release) and holds no "
-            f"{PORTABLE_FILE} to solve for the cores from: resume where it was started, or train anew"
+            f"{folder}: it was written for other singular vectors (another machine, thread count or torch release) and has no "
+            f"{PORTABLE_FILE} to solve for the cores from: resume in the environment of its start, or start a new training"
         )
     stored, errors = load_file(path), {}
     for component, model in components.items():
@@ -88,13 +84,13 @@ def restore_portable(
     worst = max(errors, key=errors.get)
     if errors[worst] > LARGEST_ERROR:
         raise CersaError(
-            f"{folder}: layer {worst} cannot be carried over to the singular vectors of this machine ({errors[worst]:.1%} off, "
-            f"expected at most {LARGEST_ERROR:.0%}): resume where it was started, or train anew"
+            f"{folder}: layer {worst} cannot be converted to the singular vectors of this machine (error {errors[worst]:.1%}, "
+            f"expected at most {LARGEST_ERROR:.0%}): resume in the environment of its start, or start a new training"
         )
     if kind == TRAINED:
         warnings.warn(
-            f"{folder}: the singular vectors came out differently than when it was written (another machine, thread count or "
-            f"torch release): the cores were solved for in the present ones (at most {errors[worst]:.1e} off), and the "
-            "optimizer's moments start anew",
+            f"{folder}: the singular vectors differ from those at the time of writing (another machine, thread count or torch "
+            f"release): the cores were solved for in the present ones (error at most {errors[worst]:.1e}), and the optimizer's "
+            "moments were reset",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""The pictures of a run with their prompts: from a folder with captions beside the pictures, or from a data set."""
+"""The pictures of a run with their prompts, from a folder with captions beside the pictures or from a data set."""
 
 import io
 import json
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetPicture:
-    """A picture in a row of a data set, read anew whenever it is opened.
+    """A picture in a row of a data set, read again each time it is opened.
 
     Args:
-        dataset: the data set; its pictures are not decoded by it.
+        dataset: the data set, which must not decode its pictures.
         column: the column of the pictures.
         row: the number of the row.
     """
@@ -35,24 +35,24 @@ class DatasetPicture:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The name of the picture in messages."""
         return f"row {self.row}"
 
     def open(self) -> BinaryIO:
-        """The picture's file."""
+        """Opens the file of the picture."""
         cell = self.dataset[self.row][self.column]
         if cell is None:
-            raise ValueError("there is no picture in it")
+            raise ValueError("it contains no picture")
         return open(cell["path"], "rb") if cell["bytes"] is None else io.BytesIO(cell["bytes"])
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture to learn and the prompt that says what it shows.
+    """A training picture with its prompt.
 
     Args:
         picture: a file, or a row of a data set.
-        prompt: its own caption, or the prompt of the run.
+        prompt: the caption of the picture, or the prompt of the run.
     """
 
     picture: Path | DatasetPicture
@@ -60,7 +60,7 @@ class Example:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The name of the picture in messages."""
         return self.picture.name
 
     @cached_property
@@ -79,96 +79,84 @@ class Example:
 
 
 def read_examples(config: DreamBoothConfig) -> list[Example]:
-    """The instance pictures of a run, each with its own caption or else with `instance_prompt`.
+    """Reads the usable instance pictures of a run, each with its caption or, if it has none, with `instance_prompt`.
 
-    In a folder the caption is in a text file of the picture's name, or in `METADATA_FILE`; the text file comes first.
-
-    Args:
-        config: names the folder or the data set, and the columns.
-
-    Returns:
-        The usable pictures, those of a folder sorted by name; the others are skipped with one warning.
+    In a folder the caption is in a text file with the name of the picture or in `METADATA_FILE`; the text file has priority.
+    The pictures of a folder are sorted by name. Pictures that cannot be used are skipped with one warning.
 
     Raises:
-        ConfigError: no folder, no data set, no such column, no usable picture, a caption that is empty or cannot be read, or the
-            `datasets` package is missing.
+        ConfigError: the folder, the data set, the column, a usable picture or the package `datasets` is missing, or a caption is
+            empty or cannot be read.
     """
     return _from_folder(config) if config.dataset_name is None else _from_dataset(config)
 
 
 def class_examples(paths: list[Path], config: DreamBoothConfig) -> list[Example]:
-    """The class pictures of a run, all with `class_prompt`.
-
-    Args:
-        paths: of `picture_paths`; none without prior preservation.
-        config: says the prompt.
-    """
+    """The class pictures of a run, all with `class_prompt`."""
     return [Example(path, config.class_prompt) for path in paths]
 
 
 def caption_summary(examples: list[Example], config: DreamBoothConfig) -> str:
-    """A line that says how many pictures there are and how many have captions of their own."""
-    own = sum(example.prompt != config.instance_prompt for example in examples)
-    pictures = f"{len(examples)} picture{'s' * (len(examples) != 1)}"
-    return f"{pictures}, {own} with captions of their own" if own else f"{pictures}, all of '{config.instance_prompt}'"
+    """A line with the number of pictures and the number of those with captions of their own."""
+    captioned = sum(example.prompt != config.instance_prompt for example in examples)
+    prompts = f"{captioned} with captions of their own" if captioned else f"all of '{config.instance_prompt}'"
+    return f"{len(examples)} picture{'s' * (len(examples) != 1)}, {prompts}"
 
 
 def _from_folder(config: DreamBoothConfig) -> list[Example]:
     folder = Path(config.instance_data_dir)
     paths = picture_paths(folder, "instance_data_dir")
-    listed = _metadata_captions(folder / METADATA_FILE, config)
-    unused = sorted(listed.keys() - {path.name for path in paths})
-    warn_of_skipped([(name, "not among the pictures used") for name in unused], f"{folder / METADATA_FILE}: rows left out")
+    metadata = folder / METADATA_FILE
+    captions = _metadata_captions(metadata, config)
+    unused = sorted(captions.keys() - {path.name for path in paths})
+    warn_of_skipped([(name, "not one of the usable pictures") for name in unused], f"{metadata}: rows skipped")
     examples = []
     for path in paths:
-        side_car = path.with_suffix(".txt")
-        caption = config.instance_prompt
-        if side_car.is_file():
-            caption = _checked(_text(side_car), str(side_car))
-        elif path.name in listed:
-            caption = _checked(listed[path.name], f"{folder / METADATA_FILE}: {config.caption_column!r} of {path.name}")
-        examples.append(Example(path, caption))
+        text_file = path.with_suffix(".txt")
+        prompt = config.instance_prompt
+        if text_file.is_file():
+            prompt = _clean_caption(_read_text(text_file), str(text_file))
+        elif path.name in captions:
+            prompt = _clean_caption(captions[path.name], f"{metadata}: {config.caption_column!r} of {path.name}")
+        examples.append(Example(path, prompt))
     return examples
 
 
 def _metadata_captions(file: Path, config: DreamBoothConfig) -> dict[str, Any]:
-    """File name -> caption of the metadata file, unchecked; nothing where it has no captions."""
+    """File name -> caption of the metadata file, unchecked; empty if the file has no captions or does not exist."""
     rows: dict[str, dict] = {}
-    # Split at line ends alone: JSON texts may hold Unicode's other line separators.
-    for number, line in enumerate(_text(file).split("\n") if file.is_file() else [], start=1):
+    # Not `splitlines`: JSON strings may contain Unicode's other line separators.
+    for number, line in enumerate(_read_text(file).split("\n") if file.is_file() else [], start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             rows[Path(row["file_name"]).as_posix()] = row
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{file}: line {number} is no JSON object with a file_name: {line[:60]!r}") from error
-    if not _captions_are_in({name for row in rows.values() for name in row}, config, str(file)):
-        return {}
-    return {name: row.get(config.caption_column) for name, row in rows.items()}
+            raise ConfigError(f"{file}: line {number} is not a JSON object with a file_name: {line[:60]!r}") from error
+    has_captions = _has_captions({name for row in rows.values() for name in row}, config, str(file))
+    return {name: row.get(config.caption_column) for name, row in rows.items()} if has_captions else {}
 
 
 def _from_dataset(config: DreamBoothConfig) -> list[Example]:
     dataset = _load_dataset(config)
     name, column = f"dataset_name: {config.dataset_name}", config.image_column
-    pictures = _undecoded(dataset, column, name)
-    captions = None
-    if _captions_are_in(dataset.column_names, config, name):
-        captions = dataset[config.caption_column]
+    pictures = _undecoded_pictures(dataset, column, name)
+    captions = dataset[config.caption_column] if _has_captions(dataset.column_names, config, name) else None
     examples, skipped = [], []
     for row in range(len(pictures)):
         picture = DatasetPicture(pictures, column, row)
-        fault = _fault_of_row(picture)
+        fault = _dataset_picture_fault(picture)
         if fault is not None:
             skipped.append((picture.name, fault))
             continue
-        caption = config.instance_prompt
+        prompt = config.instance_prompt
         if captions is not None:
-            caption = _checked(captions[row], f"{name}: {config.caption_column!r} of {picture.name}")
-        examples.append(Example(picture, caption))
+            prompt = _clean_caption(captions[row], f"{name}: {config.caption_column!r} of {picture.name}")
+        examples.append(Example(picture, prompt))
     warn_of_skipped(skipped, f"{name}: skipped")
     if not examples:
-        raise ConfigError(f"{name}: no usable pictures in column {column!r} of its {len(pictures)} rows")
+        raise ConfigError(f"{name}: column {column!r} has no usable pictures in its {len(pictures)} rows")
     return examples
 
 
@@ -176,26 +164,26 @@ def _load_dataset(config: DreamBoothConfig) -> "Dataset":
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError("dataset_name needs the datasets package: pip install cersa-diffusion[train]") from error
+        raise ConfigError("dataset_name needs the package datasets: pip install cersa-diffusion[train]") from error
     try:
         return datasets.load_dataset(config.dataset_name, config.dataset_config_name, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = one_line(error)
-        raise ConfigError(f"dataset_name: {config.dataset_name} cannot be loaded with a split 'train' ({reason})") from error
+        raise ConfigError(f"dataset_name: {config.dataset_name} cannot be loaded with the split 'train' ({reason})") from error
 
 
-def _undecoded(dataset: "Dataset", column: str, name: str) -> "Dataset":
+def _undecoded_pictures(dataset: "Dataset", column: str, name: str) -> "Dataset":
     import datasets
 
     if column not in dataset.column_names:
-        raise ConfigError(f"{name}: no column {column!r} (image_column), it has {', '.join(dataset.column_names)}")
+        raise ConfigError(f"{name}: no column {column!r} (image_column), its columns: {', '.join(dataset.column_names)}")
     if not isinstance(dataset.features[column], datasets.Image):
         raise ConfigError(f"{name}: column {column!r} (image_column) holds {dataset.features[column]}, expected pictures")
-    # Decoded here, a picture out of a data set is treated like one out of a folder.
+    # Decoded by this package, so that the pictures of a data set are treated like those of a folder.
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
-def _fault_of_row(picture: DatasetPicture) -> str | None:
+def _dataset_picture_fault(picture: DatasetPicture) -> str | None:
     try:
         file = picture.open()
     except (OSError, ValueError) as error:
@@ -204,23 +192,22 @@ def _fault_of_row(picture: DatasetPicture) -> str | None:
         return picture_fault(file)
 
 
-def _captions_are_in(columns: Collection[str], config: DreamBoothConfig, source: str) -> bool:
-    """Whether there is a column of captions; only the one that nobody asked for may be missing."""
-    if config.caption_column in columns:
-        return True
-    if config.caption_column != DreamBoothConfig.caption_column:
-        found = ", ".join(sorted(columns)) or "none"
-        raise ConfigError(f"{source}: no column {config.caption_column!r} (caption_column), its columns: {found}")
-    return False
+def _has_captions(columns: Collection[str], config: DreamBoothConfig, source: str) -> bool:
+    """Whether the caption column exists; it may be missing only if `caption_column` has its default."""
+    present = config.caption_column in columns
+    if not present and config.caption_column != DreamBoothConfig.caption_column:
+        names = ", ".join(sorted(columns)) or "none"
+        raise ConfigError(f"{source}: no column {config.caption_column!r} (caption_column), its columns: {names}")
+    return present
 
 
-def _checked(caption: Any, where: str) -> str:
+def _clean_caption(caption: Any, where: str) -> str:
     if not isinstance(caption, str) or not caption.strip():
-        raise ConfigError(f"{where}: the caption is {caption!r}, expected a text: write one, or remove it to use instance_prompt")
+        raise ConfigError(f"{where}: the caption is {caption!r}, expected text: write it, or remove it to use instance_prompt")
     return " ".join(caption.split())
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The class pictures of prior preservation, drawn by the base."""
+"""The class pictures for prior preservation, which the base draws."""
 
 from pathlib import Path
 
@@ -13,16 +13,11 @@ from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 
 def sample_class_pictures(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> None:
-    """Fills the class folder up to `num_class_images` with lossless pictures by the base model; picture i has its own seed.
-
-    Args:
-        pipeline: the base.
-        config: the settings.
-    """
+    """Adds lossless pictures by the base pipeline to the class folder, up to `num_class_images`; each has its own seed."""
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     present = len(picture_paths(folder, "class_data_dir")) if any(folder.iterdir()) else 0
-    # Beyond the last number: what was deleted for its looks would come back from the same seed.
+    # New numbers start after the last one: a reused number would have the same seed and restore a picture that the user deleted.
     numbered = [int(path.stem[6:]) for path in folder.glob("class-*.png") if path.stem[6:].isdigit()]
     first = max(present, *(number + 1 for number in numbered), 0)
     missing = range(first, first + config.num_class_images - present)

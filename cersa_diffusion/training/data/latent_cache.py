@@ -1,8 +1,8 @@
-"""What the frozen models give for pictures and prompts, computed once before training; for later runs as well on disk.
+"""Latents of pictures and embeddings of prompts, computed once before training and optionally kept on disk for later runs.
 
-On disk an entry is named by a hash of the very tensors that go in (pixels, token ids) and of the weights they go through, so
-that it is never another picture's, crop's or model's. The device is not part of it: entries of a GPU serve on a CPU and differ
-from its own by rounding.
+On disk, the name of an entry is a hash of the input tensors (pixels, token ids) and of the weights of the models, so that it
+always belongs to this picture, crop and model. The device is not part of the hash: a CPU also uses the entries of a GPU, which
+differ from its own by rounding.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from cersa_diffusion.training.data.dataset import View, fixed_views
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 from cersa_diffusion.weights.cache import LATENTS, TEXT_EMBEDDINGS, TensorCache
 
-# Raised whenever the same inputs may give other entries.
+# Increased whenever the same inputs may give different entries.
 VERSION = "3"
 LatentCache = dict[View, tuple[Tensor, Tensor]]
 
@@ -30,18 +30,18 @@ LatentCache = dict[View, tuple[Tensor, Tensor]]
 def cache_latents(
     instance: list[Example], classes: list[Example], config: DreamBoothConfig, vae: nn.Module, show_progress: bool = True
 ) -> LatentCache:
-    """Mean and standard deviation of the VAE's posterior for every view of the pictures that a run can show.
+    """Mean and standard deviation of the VAE's posterior for every view of a run.
 
-    A random crop is drawn once for each picture; noise of the posterior is still drawn for every sample. Views are encoded one at
-    a time: with `center_crop` a run on one picture a batch is bit for bit the one without a cache (on a CPU), and with more only
-    close to it, by the rounding that depends on what is encoded together.
+    The random crop of each picture is drawn once; the noise of the posterior is still drawn for every sample. Views are encoded
+    one at a time. On a CPU, a run with `center_crop` and one picture per batch is therefore bit for bit the same as without a
+    cache; with larger batches it differs by rounding, which depends on the pictures that are encoded together.
 
     Args:
-        instance: pictures of the subject.
-        classes: class pictures, empty without prior preservation.
+        instance: the pictures of the subject.
+        classes: the class pictures; empty without prior preservation.
         config: sizes, crops and flips, and whether to keep entries on disk (`cache_to_disk`).
-        vae: on the device and in the dtype in which it encodes.
-        show_progress: whether there is a progress bar.
+        vae: the VAE, on the device and in the dtype for encoding.
+        show_progress: whether to show a progress bar.
 
     Returns:
         For `DreamBoothDataset`: view -> mean and standard deviation, (c, h', w') each, in the VAE's dtype and CPU memory.
@@ -54,8 +54,8 @@ def cache_latents(
     entries = {}
     for view in tqdm(views, desc="encoding pictures", unit="picture", disable=not show_progress):
         pixels = view.pixels()
-        found = store.get([pixels], lambda pixels=pixels: _posterior(pixels, config.family, vae), view.example.name)
-        entries[view] = found["mean"], found["std"]
+        posterior = store.get([pixels], lambda pixels=pixels: _posterior(pixels, config.family, vae), view.example.name)
+        entries[view] = posterior["mean"], posterior["std"]
     store.trim()
     return entries
 
@@ -69,16 +69,16 @@ def _posterior(pixels: Tensor, family: Family, vae: nn.Module) -> dict[str, Tens
 def cache_text_embeddings(
     prompts: Iterable[str], config: DreamBoothConfig, base: DiffusionPipeline, show_progress: bool = True
 ) -> dict[str, dict[str, Tensor]]:
-    """What the text encoders give for every prompt of a run, encoded one at a time.
+    """The output of the text encoders for every prompt of a run, encoded one at a time.
 
     Args:
-        prompts: those of the examples, in any order and as often as they come.
-        config: says the family of pipelines, and whether to keep entries on disk (`cache_to_disk`).
-        base: its tokenizers and text encoders are used, on their device and in their dtype.
-        show_progress: whether there is a progress bar.
+        prompts: the prompts of the examples, in any order, with or without repetitions.
+        config: the family of pipelines, and whether to keep entries on disk (`cache_to_disk`).
+        base: the pipeline of the tokenizers and text encoders, which keep their device and dtype.
+        show_progress: whether to show a progress bar.
 
     Returns:
-        For `DreamBoothLoss`: prompt -> what the family's `encode` gives for it, in CPU memory.
+        For `DreamBoothLoss`: prompt -> the output of the family's `encode` for it, in CPU memory.
 
     Raises:
         NonFiniteError: a prompt has NaN or infinite embeddings.
@@ -96,73 +96,67 @@ def cache_text_embeddings(
 
 
 def _token_ids(tokenizer, prompt: str) -> Tensor:
-    """All that a tokenizer adds to an embedding: the ids of a prompt, how it is padded, and how far."""
+    """All values of a tokenizer that affect an embedding: the ids of the prompt, the id of the padding, and the padded length."""
     return torch.tensor([*tokenizer(prompt, truncation=True).input_ids, tokenizer.pad_token_id, tokenizer.model_max_length])
 
 
 class _Store:
-    """Computes entries, or reads them where an earlier run or another process has written them.
+    """Computes entries, or reads those that an earlier run or another process has written.
 
     Args:
-        part: sub-folder of the cache.
+        folder: sub-folder of the cache.
         on_disk: whether to keep entries there.
-        models: what they go through.
+        models: the models that compute the entries.
     """
 
-    def __init__(self, part: str, on_disk: bool, models: list[nn.Module]):
-        self.disk = TensorCache.default(part) if on_disk else None
+    def __init__(self, folder: str, on_disk: bool, models: list[nn.Module]):
+        self.disk = TensorCache.default(folder) if on_disk else None
         if on_disk and self.disk is None:
-            warnings.warn("cache_to_disk does nothing: CERSA_CACHE is off", stacklevel=3)
-        self.models = _digest(_weights(models)) if self.disk is not None else ""
+            warnings.warn("cache_to_disk has no effect: CERSA_CACHE is off", stacklevel=3)
+        self.models = _tensor_digest(_sorted_weights(models)) if self.disk is not None else ""
 
     def get(self, inputs: list[Tensor], compute: Callable[[], dict[str, Tensor]], name: str) -> dict[str, Tensor]:
-        """An entry.
-
-        Args:
-            inputs: what it depends on beside the models.
-            compute: makes it.
-            name: how messages call it.
-        """
+        """The entry for inputs of the models; `compute` computes a missing one, and messages call it `name`."""
         if self.disk is None:
-            return _finite(compute(), name)
-        key = _digest(inputs, VERSION, self.models)
-        found = self._read(key)
-        if found is not None:
-            return found
+            return _finite_on_cpu(compute(), name)
+        key = _tensor_digest(inputs, VERSION, self.models)
+        entry = self._read(key)
+        if entry is not None:
+            return entry
         with self.disk.claim(key):
-            found = self._read(key)  # another process may have been at it
-            if found is None:
-                found = _finite(compute(), name)
-                self.disk.write_tensors(key, found)
-        return found
+            entry = self._read(key)  # another process may have written it in the meantime
+            if entry is None:
+                entry = _finite_on_cpu(compute(), name)
+                self.disk.write_tensors(key, entry)
+        return entry
 
     def _read(self, key: str) -> dict[str, Tensor] | None:
-        found = self.disk.read_tensors(key)
-        # Copied out of the file, which may be trimmed.
-        return None if found is None else {name: tensor.clone() for name, tensor in found.items()}
+        entry = self.disk.read_tensors(key)
+        # Copied into memory, because the cache may remove the file.
+        return None if entry is None else {name: tensor.clone() for name, tensor in entry.items()}
 
     def trim(self) -> None:
-        """Keeps the entries on disk within their limit."""
+        """Removes entries on disk beyond the limit of the cache."""
         if self.disk is not None:
             self.disk.trim()
 
 
-def _finite(entry: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _finite_on_cpu(entry: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     for tensor in entry.values():
         if not torch.isfinite(tensor).all():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise NonFiniteError(f"{name} encodes to NaN or infinity in {dtype}: use mixed_precision bf16 or no, or leave it out")
+            raise NonFiniteError(f"{name} encodes to NaN or infinity in {dtype}: use mixed_precision bf16 or no, or remove it")
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in entry.items()}
 
 
-def _weights(models: list[nn.Module]) -> Iterator[Tensor]:
+def _sorted_weights(models: list[nn.Module]) -> Iterator[Tensor]:
     for model in models:
         yield from (tensor for _, tensor in sorted(model.state_dict().items()))
 
 
-def _digest(tensors: Iterable[Tensor], *facts: str) -> str:
+def _tensor_digest(tensors: Iterable[Tensor], *words: str) -> str:
     """A hash of tensors (bytes, dtypes, shapes) and of words."""
-    digest = hashlib.sha256(" ".join(facts).encode())
+    digest = hashlib.sha256(" ".join(words).encode())
     for tensor in tensors:
         data = tensor.detach().cpu().contiguous()
         digest.update(f" {data.dtype} {tuple(data.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""The model card beside a result, and the upload to the hub."""
+"""The model card of a result, and the upload to the hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,32 +21,29 @@ CARD_FILE, PICTURES_FILE = "README.md", "pictures.png"
 
 
 def write_model_card(config: DreamBoothConfig, result: TrainResult, pictures: Sequence[Image.Image]) -> Path:
-    """Writes README.md with the prompt, the settings that matter, the pictures, and how to draw with the result.
+    """Writes README.md with the prompt, the main settings, the pictures and the code to draw with the result; returns its path.
 
-    It is made to be published: of a base in a local folder it has the folder's name, not its path.
+    The card is public: it names a base in a local folder by the name of the folder, not by its path.
 
     Args:
         config: the settings.
-        result: of the run.
-        pictures: by the saved result; may be none.
-
-    Returns:
-        The file.
+        result: the result of the run.
+        pictures: the pictures by the saved result; may be empty.
     """
     folder, base = Path(result.output_dir), config.pretrained_model_name_or_path
     public = public_settings(config)
     data = ModelCardData(
-        # Only what the hub has can be linked to.
+        # The card can only link to a base on the hub.
         base_model=None if is_local(base) else base,
         library_name="diffusers",
         tags=["text-to-image", "diffusers", "dreambooth", config.method],
         instance_prompt=config.instance_prompt,
     )
-    shown = ""
+    pictures_text = ""
     if pictures:
         make_image_grid(list(pictures), rows=1, cols=len(pictures)).save(folder / PICTURES_FILE)
         data.widget = [{"text": config.validation_prompt, "output": {"url": PICTURES_FILE}}]
-        shown = f"\n![{config.validation_prompt}]({PICTURES_FILE})\n\n`{config.validation_prompt}`, by this result.\n"
+        pictures_text = f"\n![{config.validation_prompt}]({PICTURES_FILE})\n\n`{config.validation_prompt}`, by this result.\n"
     snippet = result.snippet(public, f"./{Path(result.weights_path).relative_to(folder)}")
     size = f"{result.trainable_parameters / 1e6:.2f} M parameters, {result.file_bytes / 2**20:.2f} MiB"
     card = f"""---
@@ -58,7 +55,7 @@ def write_model_card(config: DreamBoothConfig, result: TrainResult, pictures: Se
 {public.pretrained_model_name_or_path} fine-tuned by DreamBooth with {config.method} on the prompt `{config.instance_prompt}`:
 {size}, {result.steps} steps, learning rate {config.learning_rate}, seed {config.seed}, {config.resolution} pixels.
 All settings are in `{SETTINGS_FILE}`, all figures in `{RESULT_FILE}`.
-{shown}
+{pictures_text}
 ```python
 {snippet}
 ```
@@ -69,10 +66,10 @@ All settings are in `{SETTINGS_FILE}`, all figures in `{RESULT_FILE}`.
 
 @dataclass(frozen=True)
 class Publication:
-    """An upload that is known to be allowed.
+    """An upload that the hub has allowed.
 
     Args:
-        api: with the token.
+        api: the client of the hub, with the token.
         repository: owner/name.
         config: the settings of the run.
     """
@@ -83,10 +80,10 @@ class Publication:
 
     @classmethod
     def begin(cls, config: DreamBoothConfig) -> "Publication":
-        """Makes the repository, before the training: what cannot be uploaded should not be found out after it.
+        """Creates the repository before the training, so that a missing permission is an error before it, not after it.
 
         Raises:
-            ConfigError: no token, no permission, or no hub.
+            ConfigError: there is no token or no permission, or the hub cannot be reached.
         """
         api = HfApi(token=config.hub_token)
         name = config.hub_model_id or Path(config.output_dir).absolute().name
@@ -95,16 +92,16 @@ class Publication:
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
             reason = one_line(error)
             raise ConfigError(
-                f"push_to_hub: repository {name} cannot be made ({reason}): log in with `hf auth login` or give hub_token"
+                f"push_to_hub: repository {name} cannot be created ({reason}): log in with `hf auth login` or set hub_token"
             ) from error
 
     def upload(self, result: TrainResult) -> None:
-        """Uploads the weights, the card with its pictures, the settings and the figures, and nothing else.
+        """Uploads only the weights, the card with its pictures, the settings and the figures.
 
-        The folder of the run may hold pictures of the subject, and its files name folders of this machine: neither goes out.
+        The folder of the run may hold pictures of the subject, and its files name folders of this machine: neither is uploaded.
 
         Args:
-            result: of the run; its card is written.
+            result: the result of the run; its card must be written.
         """
         self.api.create_commit(
             repo_id=self.repository,
@@ -113,7 +110,7 @@ class Publication:
         )
 
     def _files(self, result: TrainResult) -> dict[str, Path | bytes]:
-        """Name in the repository -> the file, or its content where the file itself names folders of this machine."""
+        """Name in the repository -> the file, or new content if the file itself names folders of this machine."""
         folder = Path(result.output_dir)
         card = folder / CARD_FILE
         pictures = {PICTURES_FILE: folder / PICTURES_FILE} if f"]({PICTURES_FILE})" in card.read_text() else {}

@@ -1,13 +1,13 @@
-"""Ctrl-C and SIGTERM end a run at the next step boundary, where a checkpoint can be written."""
+"""Ctrl-C and SIGTERM end a run after the current step, when a checkpoint can be written."""
 
 import signal
 import threading
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is noted instead of raised; a second one is raised at once.
+    """A context that records the first SIGINT or SIGTERM; the second one raises `KeyboardInterrupt` at once.
 
-    Outside the main thread, where Python delivers no signals, it notes nothing: such a run is stopped by a callback.
+    Python delivers signals to the main thread only. In another thread the context records none: there a callback stops the run.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -18,14 +18,14 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in self.signals}
+            self._previous = {number: signal.signal(number, self._on_signal) for number in self.signals}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _on_signal(self, number, frame):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

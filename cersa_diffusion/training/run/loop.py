@@ -1,4 +1,4 @@
-"""The models of a run, prepared for its method, and the loop over the steps. One loop for all methods."""
+"""The models of a run, prepared for its method, and the loop over the training steps, which all methods share."""
 
 import math
 import platform
@@ -41,7 +41,7 @@ from cersa_diffusion.training.run.result import TrainResult, size_on_disk
 from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
-# What the header of the result says of the run.
+# Settings that the header of the result records.
 SHOWN_SETTINGS = ("method", "learning_rate", "text_encoder_lr", "optimizer", "train_batch_size", "gradient_accumulation_steps",
                   "resolution", "seed", "instance_prompt", "class_prompt", "use_ema")  # fmt: skip
 
@@ -53,8 +53,8 @@ class DreamBoothRun:
         config: the settings.
         base: the base pipeline; its models are changed in place.
         accelerator: device, precision and processes.
-        instance: pictures of the subject.
-        classes: class pictures, empty without prior preservation.
+        instance: the pictures of the subject.
+        classes: the class pictures; empty without prior preservation.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class DreamBoothRun:
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)
+        # A sample is a picture of the subject and, with prior preservation, a class picture.
+        self.pictures_per_sample = 2 if config.with_prior_preservation else 1
         self.method = make_method(config, config.targets)
         self.components = config.family.components(base, text_encoders=config.train_text_encoder)
         for model in (base.vae, *config.family.components(base).values()):
@@ -84,7 +86,7 @@ class DreamBoothRun:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the models compute in."""
+        """The dtype that the models compute in."""
         return PRECISIONS[self.accelerator.mixed_precision]
 
     def trained(self) -> list[nn.Parameter]:
@@ -92,30 +94,30 @@ class DreamBoothRun:
         return [parameter for model in self.components.values() for parameter in trainable_parameters(model)]
 
     def _prepare_models(self) -> None:
-        """Plans the memory, changes the models for the method, and measures what truncation costs."""
-        config, reporting = self.config, self.accelerator.is_main_process
+        """Plans the memory, changes the models for the method, and measures the cost of truncation."""
+        config, is_main = self.config, self.accelerator.is_main_process
         start = time.perf_counter()
-        self.planned = self._planned_memory() if reporting else {}
+        self.planned = self._planned_memory() if is_main else {}
         self._fill_caches()
-        probed = config.method == "cersa" and reporting
-        base_loss = self._probe() if probed else None
-        # Here and not earlier: what a method draws at its start depends on nothing but the seed.
+        measures_truncation = config.method == "cersa" and is_main
+        base_loss = self._probe() if measures_truncation else None
+        # Seeded directly before the method draws its initial weights, so that these depend on the seed alone.
         set_seed(config.seed)
         self.method.plan(self.components, self.compute_dtype, optimizer=optimizer_name(config))
         lines = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
         self._set_precision()
         share_bases(self.components)
         self.truncation = None
-        if probed:
+        if measures_truncation:
             self.truncation = TruncationCost.of(self.method.reports, base_loss, self._probe())
             lines.append(str(self.truncation))
         self.description = [caption_summary(self.instance, config), *lines]
         self.prepare_seconds = time.perf_counter() - start
-        if reporting:
+        if is_main:
             self.description.append(memory_table(self.planned, config, self.compute_dtype))
 
     def _fill_caches(self) -> None:
-        """Encodes pictures and prompts, if that was asked for, and puts the models that are then idle away on the CPU."""
+        """Encodes pictures and prompts if the settings ask for it, and moves the models that are then idle to the CPU."""
         config, base, show = self.config, self.base, self.accelerator.is_main_process
         self.latents: LatentCache | None = None
         embeddings = None
@@ -130,10 +132,9 @@ class DreamBoothRun:
         self.loss = DreamBoothLoss(config, base, self.accelerator.device, embeddings)
 
     def _planned_memory(self) -> dict:
-        config = self.config
-        pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-        tokens = pipeline_tokens(self.base, pictures, config.resolution)
-        return planned_memory(config, self.method, self.components, dtype=self.compute_dtype, tokens=tokens)
+        pictures = self.config.train_batch_size * self.pictures_per_sample
+        tokens = pipeline_tokens(self.base, pictures, self.config.resolution)
+        return planned_memory(self.config, self.method, self.components, dtype=self.compute_dtype, tokens=tokens)
 
     def _probe(self) -> float:
         return probe_loss(self.loss, self.instance, self.components, self.accelerator.autocast(), self.latents)
@@ -157,19 +158,19 @@ class DreamBoothRun:
         callbacks: Sequence[TrainingCallback] = (),
         stop: StopRequest | None = None,
     ) -> None:
-        """Trains to the last step, from a checkpoint if one is given, and writes a checkpoint of the last step.
+        """Trains up to the last step, from a checkpoint if one is given, and writes a checkpoint of the last step.
 
         Args:
             output_dir: folder of the run.
-            checkpoint: to go on from.
-            callbacks: are told, on the main process, what happens.
-            stop: is asked after every step whether to end; None: nobody asks.
+            checkpoint: the checkpoint to resume from.
+            callbacks: receive the events of the run, on the main process.
+            stop: the request to end the run, checked after every step; None: there is none.
 
         Raises:
-            NonFiniteError: loss, gradient or weights became NaN or infinite; the last state before that is in a checkpoint.
-            CersaError: the checkpoint to stop with cannot be written anywhere.
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, when the checkpoint is written.
-            TrainingStopped: a callback asked for it, when the checkpoint is written.
+            NonFiniteError: loss, gradient or weights became NaN or infinite; a checkpoint holds the last state before that.
+            CersaError: the last checkpoint of a stopped run cannot be written anywhere.
+            KeyboardInterrupt: Ctrl-C or SIGTERM ended the run; its checkpoint is written.
+            TrainingStopped: a callback ended the run; its checkpoint is written.
         """
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
         self._prepare_for_accelerate()
@@ -177,9 +178,9 @@ class DreamBoothRun:
         self.keeper = CheckpointKeeper(self.config, state, output_dir, self.callbacks)
         step = first = self._resume(state, checkpoint) if checkpoint else 0
         if self.average is not None:
-            # accelerate loads what is registered onto the CPU.
+            # accelerate loads registered objects onto the CPU.
             self.average.to(self.accelerator.device)
-        self._announce(step)
+        self._report_start(step)
         if step == 0:
             self._preview(output_dir, step)
         start = time.perf_counter()
@@ -188,27 +189,27 @@ class DreamBoothRun:
                 step += 1
                 self.losses.append(loss)
                 self.seconds += time.perf_counter() - start
-                self._tell(step, (step - first) / self.seconds)
+                self._report_step(step, (step - first) / self.seconds)
                 self._after_step(output_dir, step, stop)
-                # Previews and checkpoints are not the time of the steps.
+                # The time of previews and checkpoints does not count as time of the steps.
                 start = time.perf_counter()
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{self.keeper.keep_good(step, step > first)}") from error
 
     def _resume(self, state: TrainingState, checkpoint: Path) -> int:
-        """Puts a checkpoint's state back, but for the learning rates; returns the number of steps it has done."""
-        schedule = self.scheduler.scheduler
-        rates = schedule.base_lrs
+        """Restores the state of a checkpoint, except for the learning rates; returns the number of steps it has done."""
+        rates = self.scheduler.scheduler.base_lrs
         step = load_checkpoint(state, checkpoint)
-        keep_rates(schedule, rates, step)
+        keep_rates(self.scheduler.scheduler, rates, step)
         return step
 
     def _after_step(self, output_dir: Path, step: int, stop: StopRequest | None) -> None:
-        """Ends the run where that was asked for; writes checkpoints and previews where they are due."""
-        last = step == self.total_steps
-        asked = any(callback.should_stop() for callback in self.callbacks)
-        if not last and self._agreed(asked or (stop is not None and stop.requested)):
-            ending = TrainingStopped if self._agreed(asked) else KeyboardInterrupt
+        """Ends the run if that was requested, otherwise writes the checkpoint and the preview that are due."""
+        last, device = step == self.total_steps, self.accelerator.device
+        callback_stops = any(callback.should_stop() for callback in self.callbacks)
+        # All processes must stop at the same step, otherwise the remaining ones wait for ever.
+        if not last and any_process(callback_stops or (stop is not None and stop.requested), device):
+            ending = TrainingStopped if any_process(callback_stops, device) else KeyboardInterrupt
             folder = self.keeper.keep_last(step)
             raise ending(f"stopped after step {step}; {folder.name} is in {folder.parent}")
         if last:
@@ -217,15 +218,15 @@ class DreamBoothRun:
             except NonFiniteError:
                 raise
             except CersaError as error:
-                # The result is smaller: there may be room for it.
-                warnings.warn(f"{error}; the result is written all the same", stacklevel=2)
+                # The result is smaller than the checkpoint: there may be room for it.
+                warnings.warn(f"{error}; the result is written nevertheless", stacklevel=2)
         elif step % self.config.checkpointing_steps == 0:
             self.keeper.keep(step)
         if not last and step % self.config.validation_steps == 0:
             self._preview(output_dir, step)
 
     def put_away(self) -> None:
-        """Gives the device's memory back when all is saved: models go to the CPU, optimizer and average are dropped."""
+        """Frees the memory of the device after saving: moves the models to the CPU, drops the optimizer and the average."""
         for model in (*self.components.values(), *self.base.components.values()):
             if isinstance(model, nn.Module):
                 model.to("cpu")
@@ -254,10 +255,9 @@ class DreamBoothRun:
             model.train()
 
     def _steps(self, step: int) -> Iterator[float]:
-        """Does the steps from this one on; yields the loss of each, a mean over its batches and the processes."""
+        """Trains from this step on; yields the loss of each step, the mean over its batches and the processes."""
         accelerator, models, losses = self.accelerator, list(self.prepared.values()), []
-        batches = accelerator.prepare(self._batches(step, self.total_steps))
-        for batch in batches:
+        for batch in accelerator.prepare(self._batches(step, self.total_steps)):
             with accelerator.accumulate(*models):
                 loss = self.loss(batch, self.prepared)
                 losses.append(loss.detach())
@@ -265,7 +265,7 @@ class DreamBoothRun:
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained(), self.config.max_grad_norm)
                     step, mean = step + 1, accelerator.reduce(torch.stack(losses).mean(), "mean")
-                    value = self._checked(mean, norm, step)
+                    value = self._finite_loss(mean, norm, step)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
@@ -276,33 +276,28 @@ class DreamBoothRun:
                 losses = []
 
     def _batches(self, first_step: int, last_step: int) -> DataLoader:
+        config, size = self.config, self.samples_per_step
+        first, last = first_step * size, last_step * size
         dataset = DreamBoothDataset(
-            self.instance,
-            self.classes,
-            self.config,
-            first=first_step * self.samples_per_step,
-            last=last_step * self.samples_per_step,
-            samples_per_step=self.samples_per_step,
-            latents=self.latents,
+            self.instance, self.classes, config, first=first, last=last, samples_per_step=size, latents=self.latents
         )
-        config = self.config
         return DataLoader(
             dataset, batch_size=config.train_batch_size, collate_fn=collate, num_workers=config.dataloader_num_workers
         )
 
-    def _announce(self, step: int) -> None:
-        seconds = self._trial() * self.config.gradient_accumulation_steps * (self.total_steps - step)
-        shown = self.samples_per_step * (2 if self.config.with_prior_preservation else 1)
+    def _report_start(self, step: int) -> None:
+        seconds = self._seconds_per_batch() * self.config.gradient_accumulation_steps * (self.total_steps - step)
+        pictures = self.samples_per_step * self.pictures_per_sample
         epochs = self.total_steps * self.samples_per_step / len(self.instance) / self.config.repeats
-        going_on = f", going on after step {step}" if step else ""
+        resumed = f", resumed after step {step}" if step else ""
         self.description.append(
-            f"{self.total_steps} steps of {shown} pictures ({epochs:.0f} epochs){going_on}: about {_duration(seconds)}"
+            f"{self.total_steps} steps of {pictures} pictures ({epochs:.0f} epochs){resumed}: about {_duration(seconds)}"
         )
         for callback in self.callbacks:
             callback.on_start(RunStart(tuple(self.description), self.planned, step, self.total_steps, seconds))
 
-    def _trial(self) -> float:
-        """Seconds of one batch forward and backward; changes nothing."""
+    def _seconds_per_batch(self) -> float:
+        """Times one batch forward and backward; changes no state."""
         batch = collate([self._batches(0, 1).dataset[number] for number in range(self.config.train_batch_size)])
         cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         start = time.perf_counter()
@@ -314,15 +309,13 @@ class DreamBoothRun:
         self.optimizer.zero_grad()
         return seconds
 
-    def _tell(self, step: int, steps_per_second: float) -> None:
-        shown = self.samples_per_step * (2 if self.config.with_prior_preservation else 1)
-        self.pictures_per_second = steps_per_second * shown
-        rates = self.scheduler.get_last_lr()
-        values = {"loss": self.losses[-1]} | {f"lr/{name}": rate for name, rate in zip(self.components, rates, strict=True)}
-        self.accelerator.log(values, step=step)
-        progress = StepProgress(
-            step, self.total_steps, self.losses[-1], rates[0], self.pictures_per_second, peak_memory(self.accelerator.device)
-        )
+    def _report_step(self, step: int, steps_per_second: float) -> None:
+        self.pictures_per_second = steps_per_second * (self.samples_per_step * self.pictures_per_sample)
+        loss, rates = self.losses[-1], self.scheduler.get_last_lr()
+        logged = {"loss": loss} | {f"lr/{name}": rate for name, rate in zip(self.components, rates, strict=True)}
+        self.accelerator.log(logged, step=step)
+        peak = peak_memory(self.accelerator.device)
+        progress = StepProgress(step, self.total_steps, loss, rates[0], self.pictures_per_second, peak)
         for callback in self.callbacks:
             callback.on_step(progress)
 
@@ -332,21 +325,17 @@ class DreamBoothRun:
             try:
                 previews.save(pictures, output_dir / previews.FOLDER / f"step-{step:06d}")
             except OSError as error:
-                warnings.warn(f"the previews of step {step} cannot be written ({error}); the run goes on", stacklevel=2)
+                warnings.warn(f"the previews of step {step} cannot be written ({error}); the run continues", stacklevel=2)
             previews.log_previews(self.accelerator, pictures, step, self.config.validation_prompt)
             for callback in self.callbacks:
                 callback.on_preview(step, pictures)
         self.accelerator.wait_for_everyone()
 
-    def _agreed(self, asked: bool) -> bool:
-        """Whether any process asks: all must stop at the same step, or the others wait for it for ever."""
-        return any_process(asked, self.accelerator.device)
-
-    def _checked(self, loss: Tensor, norm: Tensor | None, step: int) -> float:
-        """The loss of a step as a number, before the optimizer uses its gradient."""
-        # With a loss scaler an infinite gradient is nothing unusual: it skips such steps itself.
-        known = norm if norm is not None and self.accelerator.scaler is None else loss
-        value, gradient = torch.stack([loss, known.detach().to(loss)]).tolist()
+    def _finite_loss(self, loss: Tensor, norm: Tensor | None, step: int) -> float:
+        """The loss of a step as a number; refuses NaN and infinity before the optimizer uses the gradient."""
+        # Under a loss scaler infinite gradients are normal: the scaler itself skips such steps.
+        checked_norm = norm if norm is not None and self.accelerator.scaler is None else loss
+        value, gradient = torch.stack([loss, checked_norm.detach().to(loss)]).tolist()
         for name, number in (("loss", value), ("gradient", gradient)):
             if not math.isfinite(number):
                 raise NonFiniteError(
@@ -355,33 +344,33 @@ class DreamBoothRun:
         return value
 
     def save(self, output_dir: Path) -> TrainResult:
-        """Writes the result of the method, of the moving average if there is one, and says what it took.
+        """Writes the result of the method, with the moving average if there is one, and returns the figures of the run.
 
         Args:
             output_dir: folder of the run.
 
         Raises:
             NonFiniteError: a trained weight holds NaN or infinity; nothing is written.
-            OSError: the disk is full; nothing is left half-written.
+            OSError: the disk is full; no incomplete files remain.
         """
         config = self.config
         if self.average is not None:
             self.average.copy_to(self.trained())
         for model in self.components.values():
             model.eval()
-        facts = {name: getattr(config, name) for name in SHOWN_SETTINGS} | {
+        header = {name: getattr(config, name) for name in SHOWN_SETTINGS} | {
             "steps": self.total_steps,
             "processes": self.accelerator.num_processes,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
             "python": platform.python_version(),
         }
         with staged_folder(output_dir) as staging:
-            saved = self.method.save(self.components, staging, config.origin, facts)
+            saved = self.method.save(self.components, staging, config.origin, header)
             weights_path = output_dir / saved.relative_to(staging)
         trained = self.trained()
-        held = {id(t): t for model in self.components.values() for t in (*model.parameters(), *model.buffers())}
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        weights = {id(tensor): tensor for model in self.components.values() for tensor in (*model.parameters(), *model.buffers())}
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        last_losses = self.losses[-max(1, len(self.losses) // 10) :]
         return TrainResult(
             method=config.method,
             output_dir=str(output_dir),
@@ -389,9 +378,9 @@ class DreamBoothRun:
             steps=self.total_steps,
             seconds=self.seconds,
             decompose_seconds=self.prepare_seconds,
-            loss=sum(tail) / len(tail) if tail else None,
+            loss=sum(last_losses) / len(last_losses) if last_losses else None,
             trainable_parameters=sum(parameter.numel() for parameter in trained),
-            weight_bytes=tensor_bytes(held.values()),
+            weight_bytes=tensor_bytes(weights.values()),
             gradient_bytes=tensor_bytes(trained),
             optimizer_bytes=tensor_bytes(moments),
             peak_memory_bytes=peak_memory(self.accelerator.device),

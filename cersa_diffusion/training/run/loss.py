@@ -1,4 +1,4 @@
-"""The denoising loss of DreamBooth; its random numbers are a function of the seed and the sample's number alone."""
+"""The denoising loss of DreamBooth; its random numbers depend only on the seed and the number of the sample."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,14 +13,14 @@ from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 
 class DreamBoothLoss:
-    """The loss of a batch, or the squared errors behind it.
+    """Computes the loss of a batch, or the squared errors of its pictures.
 
     Args:
         config: the settings.
-        base: the pipeline that is trained: it encodes pictures and prompts and says how noise is added. Where batches hold
-            latents its VAE is not needed, where embeddings are given its text encoders are not.
-        device: where its models are.
-        embeddings: prompt -> what its family's `encode` gives for it, for every prompt of the run; without them prompts are
+        base: the pipeline that is trained: it encodes pictures and prompts, and its scheduler sets the noise. Its VAE is not
+            needed if batches hold latents, its text encoders are not needed if embeddings are given.
+        device: the device of its models.
+        embeddings: prompt -> the output of the family's `encode` for it, for every prompt of the run; without them, prompts are
             encoded for every batch.
     """
 
@@ -37,10 +37,10 @@ class DreamBoothLoss:
         self.objective = OBJECTIVES[self.family.objective](base.scheduler)
 
     def __call__(self, batch: dict, models: Mapping[str, nn.Module]) -> Tensor:
-        """The loss that is trained: class pictures count by `prior_loss_weight`, every sample by `snr_gamma`.
+        """The loss for the training; `prior_loss_weight` weights the class pictures, `snr_gamma` weights every sample.
 
         Args:
-            batch: of `dataset.collate`.
+            batch: the result of `dataset.collate`.
             models: the trained components as accelerate prepared them.
 
         Returns:
@@ -56,8 +56,8 @@ class DreamBoothLoss:
         """Mean squared error of the prediction for every picture of a batch.
 
         Args:
-            batch: of `dataset.collate`; with the seed the numbers of its samples decide noise and timestep.
-            models: the components that are trained, by name; the others are the pipeline's.
+            batch: the result of `dataset.collate`; the seed and the numbers of its samples decide noise and timestep.
+            models: the trained components by name; all other components come from the pipeline.
 
         Returns:
             (p b,) float32 errors and (p b,) timesteps.
@@ -76,11 +76,11 @@ class DreamBoothLoss:
         return errors.mean(dim=tuple(range(1, errors.ndim))), timesteps
 
     def _noise(self, latents: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        noise = _draw(latents.shape[1:], generators)
+        noise = _normal_samples(latents.shape[1:], generators)
         timesteps = self.objective.timesteps(generators)
         if self.config.noise_offset:
-            # Drawn last: noise and timesteps are the same with and without it.
-            noise = noise + self.config.noise_offset * _draw((latents.shape[1], 1, 1), generators)
+            # Drawn last, so that the offset does not change noise and timesteps.
+            noise = noise + self.config.noise_offset * _normal_samples((latents.shape[1], 1, 1), generators)
         return noise.to(latents), timesteps.to(latents.device)
 
     @torch.no_grad()
@@ -90,10 +90,10 @@ class DreamBoothLoss:
             mean, std = self.family.posterior(vae, batch["pixels"].to(self.device, vae.dtype))
         else:
             mean, std = batch["latent_mean"].to(self.device), batch["latent_std"].to(self.device)
-        return self.family.normalise(vae, mean + std * _draw(mean.shape[1:], generators).to(mean))
+        return self.family.normalise(vae, mean + std * _normal_samples(mean.shape[1:], generators).to(mean))
 
     def _conditions(self, prompts: Sequence[str], models: Mapping[str, nn.Module]) -> Conditions:
-        """The conditions of a batch: each prompt is encoded once and shared by its pictures, with the same gradients."""
+        """The conditions of a batch: each prompt is encoded once, and its pictures share the encoding and its gradients."""
         unique = list(dict.fromkeys(prompts))
         if self.embeddings is None:
             trained = any(name in models for name in self.family.text_encoders)
@@ -103,11 +103,11 @@ class DreamBoothLoss:
             encoded = {
                 prompt: {name: tensor.to(self.device) for name, tensor in self.embeddings[prompt].items()} for prompt in unique
             }
-        # Rows are stacked, not indexed: the gradients of a prompt that several pictures share then add up in the same order in
+        # Rows are stacked, not indexed, so that the gradients of a prompt with several pictures are added in the same order in
         # every run.
         batch = self.family.collate([encoded[prompt] for prompt in prompts])
         return {name: tensor.to(self.denoiser.dtype) for name, tensor in batch.items()}
 
 
-def _draw(shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+def _normal_samples(shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
     return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])

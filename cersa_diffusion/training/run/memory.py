@@ -1,4 +1,4 @@
-"""What the training of a method will keep in memory, beside LoRA and full fine-tuning of the same layers, before it begins."""
+"""The planned memory of a training, compared with LoRA and full fine-tuning of the same layers; and measured memory."""
 
 import re
 import sys
@@ -28,35 +28,35 @@ def planned_memory(
     dtype: torch.dtype,
     tokens: Mapping[str, LayerInput],
 ) -> dict[str, MemoryUse]:
-    """Bytes of the trained components by method, the run's own first.
+    """Planned bytes of the trained components by method; the first entry is the method of the run.
 
-    DoRA is counted as LoRA: its magnitudes, a number per output feature, are left out.
+    DoRA is counted as LoRA, without its magnitudes (one number per output feature).
 
     Args:
         config: the settings.
-        method: that is trained.
+        method: the method of the run.
         components: the dense models by name.
         dtype: compute dtype of the training.
-        tokens: what the layers are given in one step.
+        tokens: the inputs of the layers in one step.
     """
-    optimizer = optimizer_name(config)
+    rank, optimizer = config.rank, optimizer_name(config)
     if isinstance(method, CersaMethod):
         settings = {name: method.config(name) for name in components}
-        plan = plan_memory(
-            components, settings, lora_rank=config.rank, optimizer=optimizer, weight_dtype=dtype, tokens=tokens
-        )  # fmt: skip
-        whole = plan.totals()["whole_model"]
-        return {config.method: whole["cersa"], _lora_title(config): whole["lora"], "full": whole["full"]}
-    linears = {
+        plan = plan_memory(components, settings, lora_rank=rank, optimizer=optimizer, weight_dtype=dtype, tokens=tokens)
+        totals = plan.totals()["whole_model"]
+        return {config.method: totals["cersa"], _lora_title(config): totals["lora"], "full": totals["full"]}
+    target_layers = {
         f"{component}.{name}": layer
         for component, model in components.items()
         for name, layer in match_targets(model, method.targets[component]).items()
     }
-    layers = dense_layers(linears, dtype, tokens).values()
-    frozen, full = (sum(untouched_bytes(components, list(linears.values()), each).values()) for each in (dtype, torch.float32))
+    layers = dense_layers(target_layers, dtype, tokens).values()
+    targets = list(target_layers.values())
+    # Bytes of the weights outside the target layers: full fine-tuning keeps them in float32.
+    lora_rest, full_rest = (sum(untouched_bytes(components, targets, kept).values()) for kept in (dtype, torch.float32))
     uses = {
-        _lora_title(config): sum((lora_memory(layer, config.rank, optimizer) for layer in layers), MemoryUse(frozen)),
-        "full": sum((full_memory(layer, optimizer) for layer in layers), MemoryUse(full)),
+        _lora_title(config): sum((lora_memory(layer, rank, optimizer) for layer in layers), MemoryUse(lora_rest)),
+        "full": sum((full_memory(layer, optimizer) for layer in layers), MemoryUse(full_rest)),
     }
     return dict(reversed(uses.items())) if config.method == "full" else uses
 
@@ -70,45 +70,38 @@ def memory_table(uses: Mapping[str, MemoryUse], config: DreamBoothConfig, dtype:
     """The plan as a table in MiB.
 
     Args:
-        uses: of `planned_memory`.
+        uses: the result of `planned_memory`.
         config: the settings.
         dtype: compute dtype of the training.
     """
     rows = [[title, *(mib(getattr(use, part)) for use in uses.values())] for part, title in PARTS.items()]
     rows.append(["together", *(mib(use.total) for use in uses.values())])
+    models = "UNet and text encoder" if config.train_text_encoder else "UNet"
     caption = (
-        f"memory plan of {' and '.join(_trained(config))} in MiB, {optimizer_name(config)}, {str(dtype).removeprefix('torch.')}; "
-        "saved activations are those of the target layers"
+        f"memory plan of {models} in MiB, {optimizer_name(config)}, {str(dtype).removeprefix('torch.')}; saved activations are "
+        "those of the target layers"
     )
     if config.gradient_checkpointing:
         caption += ", and gradient checkpointing keeps only a part of them"
     if config.use_ema:
-        caption += "; the moving average takes the trained weights once more"
+        caption += "; the moving average needs the memory of the trained weights once more"
     return f"{caption}\n{table(['', *uses], rows)}"
 
 
-def _trained(config: DreamBoothConfig) -> list[str]:
-    return ["UNet", "text encoder"] if config.train_text_encoder else ["UNet"]
-
-
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the numbers in tensors.
-
-    Args:
-        tensors: each is counted once.
-    """
+    """Bytes of the values in all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or on a CPU the most that this process has held."""
+    """Peak memory in bytes: on a GPU the most that was allocated, on a CPU the most that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        # getrusage would also count what the process that started this one held at that moment.
+        # getrusage would also count the memory that the parent process held when it started this one.
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if sys.platform == "win32":
-        # Imported here, as below: each is there for one kind of system.
+        # Imported here, like `resource` below: each is needed on one kind of system only.
         import psutil
 
         return psutil.Process().memory_info().peak_wset

@@ -1,4 +1,4 @@
-"""What a denoiser learns to predict, and how noise is added to what it is given."""
+"""The training objectives: the target that a denoiser learns to predict, and how noise is added to its inputs."""
 
 import torch
 from diffusers import DDPMScheduler
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Ddpm:
-    """Denoising diffusion (Ho et al., arXiv 2006.11239): the noise or the velocity at one of the schedule's timesteps.
+    """Denoising diffusion (Ho et al., arXiv 2006.11239): predicts the noise or the velocity at one of the schedule's timesteps.
 
     Args:
-        scheduler: of the base pipeline; its configuration says how noise is added and which of the two is predicted.
+        scheduler: the scheduler of the base pipeline; its configuration sets the noise schedule and the type of prediction.
     """
 
     def __init__(self, scheduler):
@@ -22,11 +22,11 @@ class Ddpm:
         return torch.cat([torch.randint(steps, (1,), generator=generator) for generator in generators])
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents."""
+        """The noisy latents at the timesteps."""
         return self.schedule.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What is to be predicted."""
+        """The tensor that the denoiser is to predict."""
         if self.schedule.config.prediction_type == "v_prediction":
             return self.schedule.get_velocity(latents, noise, timesteps)
         return noise
@@ -36,7 +36,7 @@ class Ddpm:
 
         Args:
             timesteps: (b,) integers.
-            gamma: the signal-to-noise ratio from which on samples are weighted down.
+            gamma: samples with a higher signal-to-noise ratio get a lower weight.
 
         Returns:
             (b,) float32.
@@ -44,7 +44,7 @@ class Ddpm:
         snr = compute_snr(self.schedule, timesteps)
         if self.schedule.config.prediction_type == "v_prediction":
             return snr.clamp(max=gamma) / (snr + 1)
-        # min(snr, gamma) / snr, without a division of zero by zero where nothing of the signal is left.
+        # min(snr, gamma) / snr, without dividing zero by zero at a signal-to-noise ratio of 0.
         return (gamma / snr).clamp(max=1)
 
 

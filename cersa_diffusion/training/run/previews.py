@@ -1,4 +1,4 @@
-"""Pictures of the validation prompt, always from the same seeds: on the way by the models in training, then by the result."""
+"""Pictures of the validation prompt, always from the same seeds: by the models during training and by the final result."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ FOLDER = "previews"
 
 @torch.no_grad()
 def draw(pipeline: DiffusionPipeline, config: DreamBoothConfig) -> list[Image.Image]:
-    """Pictures of the validation prompt, from the run's seed and those after it.
+    """Draws pictures of the validation prompt; picture i uses the seed of the run plus i.
 
     Args:
-        pipeline: its models may differ in dtype, as they do in training.
+        pipeline: the pipeline; its models may differ in dtype, as they do in training.
         config: prompt, number, size, seed and steps.
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -53,21 +53,21 @@ def preview(
     trained: Sequence[nn.Parameter],
     average: EMAModel | None,
 ) -> list[Image.Image]:
-    """Pictures by the models in training, which go on afterwards as if nothing had happened.
+    """Draws with the models in training; afterwards their state and the random numbers are the same as before.
 
     Args:
-        pipeline: holds the models.
+        pipeline: the pipeline of the models.
         config: the settings.
         accelerator: device and precision.
-        trained: the parameters that are trained.
-        average: their moving average, drawn with if there is one.
+        trained: the trained parameters.
+        average: their moving average, which is used for drawing if there is one.
     """
-    with _at_rest(pipeline, accelerator, trained, average), accelerator.autocast():
+    with _evaluation_mode(pipeline, accelerator, trained, average), accelerator.autocast():
         return draw(pipeline, config)
 
 
 @contextlib.contextmanager
-def _at_rest(
+def _evaluation_mode(
     pipeline: DiffusionPipeline, accelerator: Accelerator, trained: Sequence[nn.Parameter], average: EMAModel | None
 ) -> Iterator[None]:
     models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
@@ -78,7 +78,7 @@ def _at_rest(
     try:
         with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
             for model in models:
-                # Models that caches made idle are put away on the CPU.
+                # Models that are idle because of caches lie on the CPU.
                 model.eval().to(accelerator.device)
             yield
     finally:
@@ -89,13 +89,13 @@ def _at_rest(
 
 
 def log_previews(accelerator: Accelerator, pictures: Sequence[Image.Image], step: int, prompt: str) -> None:
-    """Hands pictures to the trackers that take them.
+    """Logs pictures to the trackers that accept pictures.
 
     Args:
-        accelerator: with its trackers started.
-        pictures: of one preview.
+        accelerator: its trackers must be started.
+        pictures: the pictures of one preview.
         step: optimizer steps done.
-        prompt: of the pictures.
+        prompt: the prompt of the pictures.
     """
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":

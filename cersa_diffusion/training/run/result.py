@@ -1,4 +1,4 @@
-"""What a run made and what it took, in numbers and in words."""
+"""The result of a run: its files, its figures, and the text about it."""
 
 import json
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ RESULT_FILE = "result.json"
 
 
 def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
-    """Bytes of the result of a run.
+    """Bytes of the weights that a run saved.
 
     Args:
-        weights_path: a file, or the folder of a pipeline, of which the trained components are counted.
-        components: their names.
+        weights_path: a file, or the folder of a pipeline; of a pipeline only the trained components count.
+        components: names of the trained components.
     """
     if weights_path.is_file():
         return weights_path.stat().st_size
@@ -28,22 +28,22 @@ def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made and what it took.
+    """The files and figures of a finished run.
 
     Attributes:
         method: a key of `METHODS`.
         output_dir: folder of the run.
         weights_path: file or folder that `load_result` opens.
-        steps: optimizer steps done in all.
-        seconds: time spent in training steps by this call (a resumed run counts its own part).
-        decompose_seconds: time spent preparing the models for the method.
-        loss: mean loss of the last tenth of the steps of this call; None if all had been done before.
-        trainable_parameters: numbers that are trained.
-        weight_bytes, gradient_bytes, optimizer_bytes: tensors of the trained components while training, without activations.
-        peak_memory_bytes: on a GPU the most that was allocated, else the most that the process has held.
-        pictures_per_second: of the subject and the class, over all processes.
+        steps: optimizer steps of the whole training.
+        seconds: time of the training steps of this call (a resumed run counts only its own steps).
+        decompose_seconds: time of preparing the models for the method.
+        loss: mean loss over the last tenth of the steps of this call; None if all steps had been done before.
+        trainable_parameters: number of trained values.
+        weight_bytes, gradient_bytes, optimizer_bytes: tensors of the trained components during training, without activations.
+        peak_memory_bytes: on a GPU the most that was allocated, otherwise the most that the process has held.
+        pictures_per_second: pictures of the subject and the class, over all processes.
         file_bytes: size of the result on disk (for full fine-tuning: of the trained components).
-        truncation: what dropping components cost before the first step; None where nothing is dropped.
+        truncation: the cost of truncation before the first step; None if no components are dropped.
     """
 
     method: str
@@ -63,7 +63,7 @@ class TrainResult:
     truncation: TruncationCost | None
 
     def write(self) -> None:
-        """Writes the result beside the weights; its presence says that the run is finished."""
+        """Writes the result file beside the weights; this file marks the run as finished."""
         with atomic_write(Path(self.output_dir) / RESULT_FILE) as path:
             path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
@@ -75,7 +75,7 @@ class TrainResult:
             output_dir: folder of the run.
 
         Raises:
-            ConfigError: the run has no result, or it cannot be read.
+            ConfigError: the run has no result file, or the file cannot be read.
         """
         path = output_dir / RESULT_FILE
         try:
@@ -83,37 +83,29 @@ class TrainResult:
             truncation = values.pop("truncation")
             return cls(**values, truncation=truncation and TruncationCost(**truncation))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path}: not the result of a run that can be read ({error})") from error
+            raise ConfigError(f"{path}: cannot be read as the result of a run ({error})") from error
 
     def snippet(self, config: DreamBoothConfig, path: str | None = None) -> str:
         """Lines of Python that draw with the result.
 
         Args:
             config: the settings of the run.
-            path: where the weights are; default: where they were written.
+            path: the path of the weights; default: the path they were written to.
         """
-        family = config.family
-        options = [f', {name}="{getattr(config, name)}"' for name in ("revision", "variant") if getattr(config, name)]
-        opening = METHODS[config.method].opening.format(
-            pipeline=family.pipeline_class.__name__,
-            base=config.pretrained_model_name_or_path,
-            options="".join(options),
-            path=path or self.weights_path,
-        )
+        pipeline, base = config.family.pipeline_class.__name__, config.pretrained_model_name_or_path
+        options = "".join(f', {name}="{getattr(config, name)}"' for name in ("revision", "variant") if getattr(config, name))
+        opening = METHODS[config.method].opening
+        opening = opening.format(pipeline=pipeline, base=base, options=options, path=path or self.weights_path)
         return (
-            f"import torch, cersa_diffusion\nfrom diffusers import {family.pipeline_class.__name__}\n{opening}\n"
+            f"import torch, cersa_diffusion\nfrom diffusers import {pipeline}\n{opening}\n"
             f'pipe("{config.instance_prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")'
         )
 
     def summary(self, config: DreamBoothConfig) -> str:
-        """What is printed at the end.
-
-        Args:
-            config: the settings of the run.
-        """
+        """The text that is printed at the end of a run with these settings."""
         tensors = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         snippet = self.snippet(config).replace("\n", "\n    ")
-        loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean of the last tenth)"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean over the last tenth of the steps)"
         return f"""
 {self.method}: {self.steps} steps in {self.seconds:.0f} s{loss}
 trained {self.trainable_parameters / 1e6:.2f} M parameters; weights, gradients and optimizer {tensors / 2**20:.1f} MiB

@@ -1,4 +1,4 @@
-"""What dropping components costs before any training: the error of the weights, and the loss on the pictures to learn."""
+"""The cost of truncation before any training: the error of the weights, and the change of the loss on the instance pictures."""
 
 import math
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ PROBE_SAMPLES = 8
 
 @dataclass(frozen=True)
 class TruncationCost:
-    """The price of truncation; ``str()`` is a line.
+    """The cost of truncation; ``str()`` gives it as one line.
 
     Attributes:
         mean_weight_error: relative Frobenius error of a weight, mean over all layers.
-        worst_weight_error: of the layer where it is largest.
-        worst_layer: that layer, "component.name".
+        worst_weight_error: the largest of these errors.
+        worst_layer: the layer with the largest error, "component.name".
         base_loss: mean squared error of the base on the instance pictures.
-        truncated_loss: of the truncated, untrained model on the same pictures with the same noise.
+        truncated_loss: mean squared error of the truncated, untrained model on the same pictures with the same noise.
     """
 
     mean_weight_error: float
@@ -38,7 +38,7 @@ class TruncationCost:
 
     @classmethod
     def of(cls, reports: Mapping[str, InjectionReport], base_loss: float, truncated_loss: float) -> "TruncationCost":
-        """From the reports of the injection, by component, and both losses."""
+        """Computes the cost from the reports of the injection, by component, and from both losses."""
         errors = {
             f"{component}.{layer.name}": math.sqrt(max(0.0, 1 - layer.kept_energy))
             for component, report in reports.items()
@@ -66,11 +66,11 @@ def probe_loss(
     """Mean squared error on the first `PROBE_SAMPLES` samples of a run, as the training will draw them.
 
     Args:
-        loss: of the run.
-        instance: pictures of the subject.
-        models: the components by name, of the base or injected.
+        loss: the loss of the run.
+        instance: the pictures of the subject.
+        models: the components by name, before or after the injection.
         autocast: the precision of the training.
-        latents: of the run, if it caches them.
+        latents: the cached latents of the run, if it caches them.
     """
     size = loss.config.train_batch_size
     dataset = DreamBoothDataset(instance, [], loss.config, first=0, last=PROBE_SAMPLES, samples_per_step=size, latents=latents)

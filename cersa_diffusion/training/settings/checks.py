@@ -1,4 +1,4 @@
-"""What is wrong with the settings of a run: all that can be said before anything is loaded or written."""
+"""The checks of a run's settings that need neither models nor files."""
 
 import difflib
 import os
@@ -13,7 +13,7 @@ from cersa_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from cersa_diffusion.training.settings.config import DreamBoothConfig
 
-# Options that do nothing unless another one is set.
+# Options that have no effect unless another option is set.
 NEEDS = {
     "text_encoder_lr": "train_text_encoder",
     "text_encoder_target_modules": "train_text_encoder",
@@ -30,7 +30,7 @@ NEEDS = {
     "num_class_images": "with_prior_preservation",
     "prior_loss_weight": "with_prior_preservation",
 }
-# Options that only some choices of another one read.
+# Options that are used only for some values of another option.
 READ_BY = {
     "lr_warmup_steps": ("lr_scheduler", lambda name: name != "constant"),
     "lr_power": ("lr_scheduler", lambda name: name == "polynomial"),
@@ -46,44 +46,40 @@ MORE_THAN_ZERO = ("learning_rate", "text_encoder_lr", "snr_gamma", "max_grad_nor
 AT_LEAST_ZERO = ("noise_offset", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers",
                  "prior_loss_weight", "seed")  # fmt: skip
 SHARES = ("ema_decay", "adam_beta1", "adam_beta2")
-# Smallest part of a picture that the models can see: a multiple of it is what pipelines accept.
+# Pipelines accept only multiples of this number of pixels, the smallest unit that the models see.
 PIXEL_STEP = 8
 
 
 def check_names(config_class: type, names: list[str]) -> None:
-    """Refuses names that are no settings.
-
-    Args:
-        config_class: the dataclass of the settings.
-        names: what was found.
+    """Checks that all names are fields of the settings class.
 
     Raises:
-        ConfigError: naming the nearest setting.
+        ConfigError: a name is unknown; the message suggests the most similar setting.
     """
     known = [field.name for field in fields(config_class)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"{name} is no setting of the training" + (f": did you mean {near[0]}?" if near else ""))
+            similar = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{name} is not a setting of the training" + (f": did you mean {similar[0]}?" if similar else ""))
 
 
 def check_types(config: "DreamBoothConfig") -> None:
-    """Checks that every setting is of its type, or one of its choices.
+    """Checks that every setting has its type, or is one of its choices.
 
     Raises:
-        ConfigError: naming the first that is not.
+        ConfigError: a value has another type; the message names the first such setting.
     """
-    # Not the fields' own `type`: HfArgumentParser overwrites that.
+    # Not the `type` of the fields: HfArgumentParser overwrites it.
     types = get_type_hints(type(config))
     for field in fields(config):
         _check_type(field.name, types[field.name], getattr(config, field.name))
 
 
 def check_config(config: "DreamBoothConfig") -> None:
-    """Checks the settings that all methods share, also against each other.
+    """Checks the settings that all methods share, and their combinations.
 
     Raises:
-        ConfigError: the first thing that is wrong, and what to do.
+        ConfigError: a setting cannot be used; the message names the first such setting and what to do.
     """
     _check_numbers(config)
     _check_texts(config)
@@ -106,33 +102,23 @@ def _check_type(name: str, expected: object, value: object) -> None:
         if isinstance(option, type) and type(value) is option:
             return
     choices = [f"{choice!r}" for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    plain = [_type_name(option) for option in options if get_origin(option) is not Literal]
-    raise ConfigError(f"{name} is {value!r}, expected {' or '.join([', '.join(choices)] * bool(choices) + plain)}")
-
-
-def _type_name(option: object) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "nothing"}
-    return names.get(option, "a list of texts")
+    type_names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", NoneType: "nothing"}
+    types = [type_names.get(option, "a list of strings") for option in options if get_origin(option) is not Literal]
+    raise ConfigError(f"{name} is {value!r}, expected {' or '.join([', '.join(choices)] * bool(choices) + types)}")
 
 
 def _check_numbers(config: "DreamBoothConfig") -> None:
-    for names, lowest, words in (
-        (AT_LEAST_ONE, 1, "at least 1"),
-        (AT_LEAST_ZERO, 0, "0 or more"),
+    for names, in_range, expected in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (AT_LEAST_ZERO, lambda value: value >= 0, "0 or more"),
+        (MORE_THAN_ZERO, lambda value: value > 0, "more than 0"),
+        (SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+        (("seed",), lambda value: value < 2**32, "less than 2**32"),
     ):
         for name in names:
             value = getattr(config, name)
-            if value is not None and not value >= lowest:
-                raise ConfigError(f"{name} is {value}, expected {words}")
-    for name in MORE_THAN_ZERO:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} is {value}, expected more than 0")
-    for name in SHARES:
-        if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}, expected at least 0 and less than 1")
-    if config.seed >= 2**32:
-        raise ConfigError(f"seed is {config.seed}, expected less than 2**32")
+            if value is not None and not in_range(value):
+                raise ConfigError(f"{name} is {value}, expected {expected}")
 
 
 def _check_texts(config: "DreamBoothConfig") -> None:
@@ -140,8 +126,8 @@ def _check_texts(config: "DreamBoothConfig") -> None:
         if not getattr(config, name).strip():
             raise ConfigError(f"{name} is empty")
     if (config.instance_data_dir is None) == (config.dataset_name is None):
-        found = "neither" if config.dataset_name is None else "both"
-        raise ConfigError(f"the pictures come from instance_data_dir or from dataset_name: give one of them ({found} given)")
+        given = "neither is" if config.dataset_name is None else "both are"
+        raise ConfigError(f"the pictures come from instance_data_dir or from dataset_name: give one of them ({given} given)")
 
 
 def _check_sizes(config: "DreamBoothConfig") -> None:
@@ -174,22 +160,23 @@ def _check_targets(config: "DreamBoothConfig") -> None:
         try:
             re.compile(targets[0] if len(targets) == 1 else "")
         except re.error as error:
-            raise ConfigError(f"{name}: {targets[0]!r} is no regular expression ({error})") from error
+            raise ConfigError(f"{name}: {targets[0]!r} is not a regular expression ({error})") from error
 
 
 def _check_combinations(config: "DreamBoothConfig") -> None:
     if config.use_8bit_adam and config.optimizer not in ("adamw", "adamw8bit"):
-        raise ConfigError(f"use_8bit_adam and optimizer {config.optimizer!r} contradict each other: leave one out")
+        raise ConfigError(f"use_8bit_adam and optimizer {config.optimizer!r} contradict each other: remove one of them")
     if config.pre_compute_text_embeddings and config.train_text_encoder:
         raise ConfigError(
-            "pre_compute_text_embeddings needs a text encoder that does not change: add --no_train_text_encoder, or leave it out"
+            "pre_compute_text_embeddings needs a frozen text encoder: add --no_train_text_encoder, or remove "
+            "pre_compute_text_embeddings"
         )
     if config.cache_to_disk and not (config.cache_latents or config.pre_compute_text_embeddings):
-        raise ConfigError("cache_to_disk keeps what cache_latents or pre_compute_text_embeddings make: add one of them")
+        raise ConfigError("cache_to_disk stores the output of cache_latents or pre_compute_text_embeddings: add one of them")
     if config.optimizer == "prodigy" and config.text_encoder_lr not in (None, config.learning_rate):
         raise ConfigError(
-            f"prodigy has one rate for all: text_encoder_lr ({config.text_encoder_lr}) and learning_rate "
-            f"({config.learning_rate}) differ, leave text_encoder_lr out"
+            f"prodigy has a single learning rate: text_encoder_lr ({config.text_encoder_lr}) and learning_rate "
+            f"({config.learning_rate}) differ, remove text_encoder_lr"
         )
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         warnings.warn(
@@ -204,11 +191,11 @@ def _warn_of_ignored(config: "DreamBoothConfig") -> None:
         warnings.warn(text, stacklevel=6)
 
     for needed in dict.fromkeys(NEEDS.values()):
-        idle = [name for name in changed if NEEDS.get(name) == needed]
-        if idle and not getattr(config, needed):
-            warn(f"without {needed}, {', '.join(idle)} is ignored")
+        ignored = [name for name in changed if NEEDS.get(name) == needed]
+        if ignored and not getattr(config, needed):
+            warn(f"without {needed}, {', '.join(ignored)} is ignored")
     for name, (option, reads) in READ_BY.items():
         if name in changed and not reads(getattr(config, option)):
             warn(f"{option} {getattr(config, option)} ignores {name}")
     if "num_train_epochs" in changed and config.max_train_steps is not None:
-        warn("max_train_steps decides the length: num_train_epochs is ignored")
+        warn("max_train_steps sets the length of the training: num_train_epochs is ignored")

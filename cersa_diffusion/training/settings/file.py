@@ -1,4 +1,4 @@
-"""The settings of a run as a TOML file: written beside every result, and read in place of a command line."""
+"""The settings of a run as a TOML file, which is written beside every result and can replace the command line."""
 
 import tomllib
 from dataclasses import asdict
@@ -16,14 +16,14 @@ SETTINGS_FILE = "config.toml"
 
 
 def read_settings(path: str | Path, config_class: type[DreamBoothConfig] = DreamBoothConfig) -> dict:
-    """The settings in a TOML file; a key `preset` brings those of the preset along.
+    """Reads the settings in a TOML file, including those of a preset if the file has the key `preset`.
 
     Args:
         path: the file.
-        config_class: the dataclass they are for.
+        config_class: the dataclass of the settings.
 
     Raises:
-        ConfigError: no such file, not TOML, or a name that is no setting.
+        ConfigError: the file does not exist, is not TOML, or contains a name that is not a setting.
     """
     try:
         settings = tomllib.loads(Path(path).read_text())
@@ -40,12 +40,11 @@ def read_settings(path: str | Path, config_class: type[DreamBoothConfig] = Dream
 
 
 def settings_text(config: DreamBoothConfig) -> str:
-    """All settings as TOML, which `--config` takes; those that are None, and the token, are left out."""
-    settings = {name: value for name, value in asdict(config).items() if value is not None and name != "hub_token"}
-    return tomli_w.dumps(settings)
+    """All settings as TOML for `--config`, without the token and without those that are None."""
+    return tomli_w.dumps({name: value for name, value in asdict(config).items() if value is not None and name != "hub_token"})
 
 
 def write_settings(config: DreamBoothConfig, path: Path) -> None:
-    """Writes all settings as `settings_text` gives them."""
+    """Writes the `settings_text` of a run to a file."""
     with atomic_write(path) as temporary:
         temporary.write_text(settings_text(config))
