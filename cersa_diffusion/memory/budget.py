@@ -323,8 +323,8 @@ def _check_smallest(layers: Sequence[TargetLayer], smallest: list[int], untouche
     largest = sorted(sizes, key=sizes.get, reverse=True)[:5]
     raise ConfigError(
         f"memory_budget is {budget} bytes ({_megabytes(budget)}), but the smallest possible is {least} ({_megabytes(least)}): "
-        f"{_megabytes(others)} for what CERSA does not change and {_megabytes(least - others)} for {len(layers)} layers at rank 1. "
-        f"The largest are: {', '.join(f'{name} {_megabytes(sizes[name])}' for name in largest)}. "
+        f"{_megabytes(others)} for what CERSA leaves alone and {_megabytes(least - others)} for {len(layers)} layers at rank 1. "
+        f"Largest: {', '.join(f'{name} {_megabytes(sizes[name])}' for name in largest)}. "
         "Raise the budget, or train in a smaller dtype"
     )
 
