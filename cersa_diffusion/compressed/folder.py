@@ -309,10 +309,7 @@ def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: 
 def local_folder(name_or_path: str | os.PathLike, revision: str | None, *, pipeline_options: dict | None = None) -> Path:
     """The path of a local folder, or of the downloaded snapshot of a model on the hub.
 
-    Args:
-        name_or_path, revision: see `load_compressed`.
-        pipeline_options: the id must be that of a pipeline; its files are downloaded with these options of
-            `DiffusionPipeline.download`. None: all files of the repository are downloaded.
+    With `pipeline_options`, those of `DiffusionPipeline.download`, the snapshot has only the files that this pipeline needs.
 
     Raises:
         ConfigError: there is no such folder, and the model was not found on the hub.

@@ -230,8 +230,8 @@ def _read_weight(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     weight = read_tensor(path, f"{name}.weight")
     if tuple(weight.shape) != shape or weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(
-            f"{path}: layer {name} has shape {tuple(weight.shape)} and dtype {weight.dtype}, expected {shape} and a floating-point "
-            "dtype of at least 16 bits: the checkpoint is quantised or does not match its config.json"
+            f"{path}: layer {name} has shape {tuple(weight.shape)} and dtype {weight.dtype}, expected {shape} and a "
+            "floating-point dtype of at least 16 bits: the checkpoint is quantised or does not match its config.json"
         )
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{path}: layer {name} holds NaN or infinity: this checkpoint is damaged")
