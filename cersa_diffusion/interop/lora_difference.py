@@ -65,31 +65,31 @@ def output_differences(
         inputs: component -> positional and keyword arguments.
     """
     differences = {}
-    for component, arguments in inputs.items():
-        model = components[component]
-        layers = cersa_layers(model)
-        changes = {name: factors.get(f"{component}.{name}") for name in layers}
-        if not any(changes.values()):
-            continue
-        expected = _output(model, *arguments)
-
-        def difference(weight, model=model, layers=layers, changes=changes, arguments=arguments, expected=expected) -> float:
-            with dense_layers(model, layers, lambda name, layer: _with_lora(layer, weight(layer), changes[name])):
-                output = _output(model, *arguments)
-            return float((float64(output) - float64(expected)).norm() / float64(expected).norm().clamp_min(1e-30))
-
-        kept = all(layer.dense_weight is not None for layer in layers.values())
-        original = difference(lambda layer: layer.dense_weight) if kept else None
-        differences[component] = OutputDifference(original, difference(lambda layer: layer.effective_weight({})))
+    for component, (args, kwargs) in inputs.items():
+        changes = {name: factors.get(f"{component}.{name}") for name in cersa_layers(components[component])}
+        if any(changes.values()):
+            differences[component] = _output_difference(components[component], changes, args, kwargs)
     return differences
 
 
-def _with_lora(layer: CersaLinear, weight: Tensor, change: tuple[Tensor, Tensor] | None) -> Tensor:
-    dense = float64(weight).to(layer.U.device)
-    if change:
-        up, down = (float64(factor).to(dense.device) for factor in change)
-        dense = dense + up @ down
-    return dense.to(layer.U)
+def _output_difference(model: nn.Module, changes: Mapping[str, tuple | None], args: tuple, kwargs: dict) -> OutputDifference:
+    layers, expected = cersa_layers(model), _output(model, args, kwargs)
+
+    def difference(base_weight: Callable[[CersaLinear], Tensor]) -> float:
+        def weight_with_lora(name: str, layer: CersaLinear) -> Tensor:
+            weight = float64(base_weight(layer)).to(layer.U.device)
+            if changes[name]:
+                up, down = (float64(factor).to(weight.device) for factor in changes[name])
+                weight = weight + up @ down
+            return weight.to(layer.U)
+
+        with dense_layers(model, layers, weight_with_lora):
+            output = _output(model, args, kwargs)
+        return float((float64(output) - float64(expected)).norm() / float64(expected).norm().clamp_min(1e-30))
+
+    kept = all(layer.dense_weight is not None for layer in layers.values())
+    original = difference(lambda layer: layer.dense_weight) if kept else None
+    return OutputDifference(original, difference(lambda layer: layer.effective_weight({})))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""`save_pretrained` for models with CERSA layers writes dense weights, so that `from_pretrained` gives a model with equal outputs.
+"""`save_pretrained` of models with CERSA layers: it writes dense weights, and `from_pretrained` loads a model with equal outputs.
 
-`from_pretrained` would not recognise the keys of the factors and would report the weights as missing.
+`from_pretrained` would not recognise the keys of the factors, and would report the weights as missing.
 """
 
 import functools

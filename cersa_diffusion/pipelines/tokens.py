@@ -9,7 +9,7 @@ from cersa_diffusion.private_names import FAKE_TENSOR_MODE
 
 
 def pipeline_tokens(pipeline, batch: int, resolution: int | None = None) -> dict[str, LayerInput]:
-    """Counts the inputs of the linear layers of denoiser and text encoders in one training step, with a forward pass without data.
+    """The inputs of the linear layers of denoiser and text encoders in one training step, from a forward pass without data.
 
     Args:
         pipeline: a Stable Diffusion or SDXL pipeline.
