@@ -83,7 +83,9 @@ def load_cersa_weights(
         else:
             load_adapter(components, adapter, adapter_name=adapter_name, **settings)
         for model in components.values():
-            _keep_disabled(model)
+            # The new layers of a disabled model are disabled, too.
+            if not all(layer.enabled for layer in cersa_layers(model).values()):
+                composition.disable_adapters(model)
 
 
 def cersa_state_dict(
@@ -238,7 +240,11 @@ def set_cersa_adapters(
     present = {component: composition.adapter_names(model) for component, model in components.items()}
     for name, weight in zip(names, weights, strict=True):
         if isinstance(weight, Mapping):
-            _warn_of_ignored(name, weight, [component for component in components if name in present[component]])
+            adapted = [component for component in components if name in present[component]]
+            ignored = [component for component in weight if component not in adapted]
+            if ignored:
+                text = f"strengths for {ignored} are ignored: adapter {name!r} only changes {adapted} of this pipeline"
+                warnings.warn(text, stacklevel=2)
     with all_or_nothing(*components.values()):
         for component, model in components.items():
             weighted = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present[component]]
@@ -247,19 +253,14 @@ def set_cersa_adapters(
 
 
 def enable_cersa(self) -> None:
-    """Reverses `disable_cersa`.
-
-    Raises:
-        ConfigError: layers are fused; nothing is changed.
-    """
+    """Reverses `disable_cersa`. Raises ConfigError and changes nothing if layers are fused."""
     _on_all(self, composition.enable_adapters)
 
 
 def disable_cersa(self) -> None:
     """Removes all CERSA adapters from the forward pass, which then uses the truncated base; their strengths are kept.
 
-    Raises:
-        ConfigError: layers are fused; nothing is changed.
+    Raises ConfigError and changes nothing if layers are fused.
     """
     _on_all(self, composition.disable_adapters)
 
@@ -294,19 +295,9 @@ def get_list_cersa_adapters(self) -> dict[str, list[str]]:
 
 def attach(pipeline_class: type) -> None:
     """Adds the methods of this module to a pipeline class (a subclass would break saving and reloading)."""
-    for method in (
-        load_cersa_weights,
-        save_cersa_weights,
-        unload_cersa_weights,
-        fuse_cersa,
-        unfuse_cersa,
-        set_cersa_adapters,
-        enable_cersa,
-        disable_cersa,
-        delete_cersa_adapters,
-        get_active_cersa_adapters,
-        get_list_cersa_adapters,
-    ):
+    methods = [load_cersa_weights, save_cersa_weights, unload_cersa_weights, fuse_cersa, unfuse_cersa, set_cersa_adapters]
+    methods += [enable_cersa, disable_cersa, delete_cersa_adapters, get_active_cersa_adapters, get_list_cersa_adapters]
+    for method in methods:
         setattr(pipeline_class, method.__name__, method)
     pipeline_class.cersa_state_dict = staticmethod(cersa_state_dict)
 
@@ -372,21 +363,6 @@ def _chosen_models(pipeline, components: str | Sequence[str] | None) -> dict[str
                 f"{type(pipeline).__name__} has no component {name!r} with adapters, expected one of {list(models)}"
             )
     return {name: models[name] for name in names}
-
-
-def _warn_of_ignored(adapter_name: str, weight: Mapping[str, object], components: list[str]) -> None:
-    ignored = [component for component in weight if component not in components]
-    if ignored:
-        warnings.warn(
-            f"strengths for {ignored} are ignored: adapter {adapter_name!r} only changes {components} of this pipeline",
-            stacklevel=3,
-        )
-
-
-def _keep_disabled(model: nn.Module) -> None:
-    """Disables the layers that a load has added to a model whose other layers are disabled."""
-    if not all(layer.enabled for layer in cersa_layers(model).values()):
-        composition.disable_adapters(model)
 
 
 def _on_all(pipeline, change) -> None:
