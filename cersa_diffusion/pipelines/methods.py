@@ -359,9 +359,7 @@ def _chosen_models(pipeline, components: str | Sequence[str] | None) -> dict[str
     names = _as_list(components)
     for name in names:
         if name not in models:
-            raise ConfigError(
-                f"{type(pipeline).__name__} has no component {name!r} with adapters, expected one of {list(models)}"
-            )
+            raise ConfigError(f"{type(pipeline).__name__} has no component {name!r} to adapt, expected one of {list(models)}")
     return {name: models[name] for name in names}
 
 
