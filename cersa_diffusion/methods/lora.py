@@ -99,7 +99,7 @@ class LoraMethod(Method):
         different = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ stored.keys())
         if different:
             raise BaseMismatchError(
-                f"{path}: {different[0]} is only in the file or only in {type(model).__name__}, expected in both"
+                f"{path}: {different[0]} is missing in the file or in {type(model).__name__}, expected in both"
             )
         return adapted
 
