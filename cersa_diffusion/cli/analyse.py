@@ -222,7 +222,9 @@ def _add_models(commands) -> None:
 
     curves = _command(commands, "compression", _compression, "training memory over dense weights against alpha (Fig. 7)")
     curves.add_argument("models", nargs="+", help=f"each: {where}")
-    curves.add_argument("--alphas", type=float, nargs="+", help="shares of the energy (default: 0.80 to 0.95 in steps of 0.01)")
+    curves.add_argument(
+        "--alphas", type=float, nargs="+", help="shares of the energy; if not given: 0.80 to 0.95 in steps of 0.01"
+    )
     curves.add_argument("--rank", type=int, default=32, help="rank of the LoRA in the same figure")
     _add_targets(curves, f"{known}; each name is one curve, names joined by commas share a curve")
 
@@ -233,7 +235,9 @@ def _add_models(commands) -> None:
     memory.add_argument("--svfit_rank", type=int, default=768, help="singular values that SVFit trains")
     memory.add_argument("--off_diagonals", type=int, default=2, help="off-diagonals on either side in SVFT")
     memory.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
-    memory.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of frozen weights (default: float32)")
+    memory.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of frozen weights; if not given: float32"
+    )
     _add_targets(memory, known)
 
     speed = _command(commands, "throughput", _throughput, "training speed of CERSA, LoRA and full fine-tuning (Fig. 9)")
@@ -241,11 +245,11 @@ def _add_models(commands) -> None:
     speed.add_argument("--alphas", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8], help="alphas of CERSA")
     speed.add_argument("--ranks", type=int, nargs="*", default=[8, 32], help="ranks of LoRA; ratios are to the last rank")
     speed.add_argument("--batch", type=int, default=32, help="examples per step")
-    speed.add_argument("--tokens", type=int, help="length of sentences or prompts (default: 128 or 77)")
+    speed.add_argument("--tokens", type=int, help="length of sentences or prompts; if not given: 128 or 77")
     speed.add_argument("--steps", type=int, default=3, help="steps of one method in a round, timed together")
     speed.add_argument("--rounds", type=int, default=5, help="timed rounds over all methods, after one untimed round")
     speed.add_argument("--autocast", choices=["bfloat16", "float16"], help="compute in this dtype")
-    speed.add_argument("--device", help="device (default: the GPU if there is one)")
+    speed.add_argument("--device", help="device; if not given: the GPU if there is one")
     _add_targets(speed, known)
 
 
@@ -259,20 +263,20 @@ def _add_runs(commands) -> None:
 
     forgetting = _command(commands, "forgetting", _forgetting, "average forgetting rate on other data sets (Table 15)")
     forgetting.add_argument(
-        "runs", nargs="+", help="output_dir of finished classification runs of one model on several data sets"
+        "runs", nargs="+", help="output_dir of finished classification runs with one model and several data sets"
     )
     forgetting.add_argument("--batch", type=int, default=64, help="examples per forward pass")
-    forgetting.add_argument("--device", help="device (default: the GPU if there is one)")
+    forgetting.add_argument("--device", help="device; if not given: the GPU if there is one")
 
 
 def _add_pairs(commands) -> None:
     text = "similarity psi between the subspaces of two checkpoints (Table 16, Fig. 11, 12)"
     similarity = _command(commands, "similarity", _similarity, text)
     similarity.add_argument("--alpha", type=float, default=0.95, help="share of the energy in the compared subspaces")
-    similarity.add_argument("--layers", nargs="+", help="layers of the heat maps (default: first, middle, last of each kind)")
+    similarity.add_argument("--layers", nargs="+", help="layers of the heat maps; if not given: first, middle, last of each kind")
     intruders = _command(commands, "intruders", _intruders, "intruder dimensions (arXiv 2410.21228) of a tuned checkpoint")
     intruders.add_argument("--leading", type=int, default=10, help="number of examined singular vectors of the tuned weight")
-    intruders.add_argument("--thresholds", type=float, nargs="+", help="thresholds of the cosine (default: 0.3 to 0.9)")
+    intruders.add_argument("--thresholds", type=float, nargs="+", help="thresholds of the cosine; if not given: 0.3 to 0.9")
     for parser in (similarity, intruders):
         parser.add_argument("base", help="folder or hub id of a model or pipeline, or a safetensors file")
         parser.add_argument("tuned", help="the same, or an adapter (CERSA, peft, LoRA of a pipeline), or the result of a run")

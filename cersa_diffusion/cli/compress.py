@@ -37,7 +37,7 @@ def add_compress(commands) -> None:
     parser.add_argument("--unprofitable", choices=["factor", "skip"], default="factor", help=help_texts["unprofitable"])
     parser.add_argument("--components", nargs="+", metavar="NAME", help="unet, text_encoder, ... (default: the denoiser)")
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="storage dtype (default: that of the checkpoint)"
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="stored dtype (default: as in the checkpoint)"
     )
     parser.add_argument("--device", help="device of the decomposition (default: cpu)")
     parser.add_argument("--revision", help="revision of a model on the hub")

@@ -50,9 +50,7 @@ def add_plan(commands) -> None:
     plan.add_argument("--rank", type=int, default=32, help="rank of LoRA")
     plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
     plan.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="compute dtype of training")
-    plan.add_argument(
-        "--format", choices=["table", "json", "markdown"], default="table", help="output format; json has sizes in bytes"
-    )
+    plan.add_argument("--format", choices=["table", "json", "markdown"], default="table", help="format; json has sizes in bytes")
     plan.add_argument("--plot", metavar="FILE", help="also plot the ranks, and compression against alpha, to this file")
     plan.add_argument("--batch", type=int, help="pictures per step: counts saved activations (default 1 with --resolution)")
     plan.add_argument("--resolution", type=int, help="size of the pictures in pixels (default with --batch: the model's own)")

@@ -98,9 +98,7 @@ class LoraMethod(Method):
         # save_embedding_layers=False it would look for the configuration of the base, possibly on the hub.
         different = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ stored.keys())
         if different:
-            raise BaseMismatchError(
-                f"{path}: {different[0]} is missing in the file or in {type(model).__name__}, expected in both"
-            )
+            raise BaseMismatchError(f"{path}: {different[0]} is in the file or in {type(model).__name__}, but must be in both")
         return adapted
 
 
