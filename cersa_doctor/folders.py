@@ -27,13 +27,11 @@ def cache_folders() -> list[Folder]:
     cache = None if setting.lower() == "off" else Path(setting) if setting else home / "cersa_diffusion"
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home / "huggingface") / "hub"
     # The other caches are folders in that of the decompositions.
-    names = {"decompositions": "", "latents": "latents", "text embeddings": "text_embeddings"}
-    folders = [
-        Folder(
-            content, cache and cache / name, _size(cache / name, exclude=() if name else tuple(names.values())) if cache else 0
-        )
-        for content, name in names.items()
-    ]
+    subfolders = {"decompositions": "", "latents": "latents", "text embeddings": "text_embeddings"}
+    folders = []
+    for content, name in subfolders.items():
+        size = _size(cache / name, exclude=() if name else tuple(subfolders.values())) if cache else 0
+        folders.append(Folder(content, cache and cache / name, size))
     return [*folders, Folder("models of the hub", Path(hub), _size(Path(hub)))]
 
 

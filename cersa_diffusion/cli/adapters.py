@@ -32,17 +32,9 @@ def _export_lora(arguments: argparse.Namespace) -> None:
     from cersa_diffusion.interop.lora import export_lora
     from cersa_diffusion.pipelines.open import base_pipeline
 
-    adapter = _read(arguments.file)
-    report = export_lora(
-        adapter,
-        arguments.output,
-        rank=arguments.rank,
-        format=arguments.format,
-        dtype=getattr(torch, arguments.dtype),
-        base=base_pipeline(adapter, arguments.base),
-        prompt=arguments.prompt,
-    )
-    print(report)
+    adapter, dtype = _read(arguments.file), getattr(torch, arguments.dtype)
+    options = {"rank": arguments.rank, "format": arguments.format, "prompt": arguments.prompt}
+    print(export_lora(adapter, arguments.output, dtype=dtype, base=base_pipeline(adapter, arguments.base), **options))
 
 
 def _merge(arguments: argparse.Namespace) -> None:

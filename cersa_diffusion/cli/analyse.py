@@ -150,15 +150,8 @@ def _ablations(arguments: argparse.Namespace) -> None:
 
 def _similarity(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "similarity")
+    from cersa_diffusion.analysis import similarity
     from cersa_diffusion.analysis.models import open_pair
-    from cersa_diffusion.analysis.similarity import (
-        draw_grids,
-        grid_rows,
-        kind_rows,
-        layer_similarities,
-        middle_and_ends,
-        similarity_rows,
-    )
     from cersa_diffusion.analysis.spectra import check_alphas
 
     check_alphas([arguments.alpha])
@@ -166,10 +159,12 @@ def _similarity(arguments: argparse.Namespace) -> None:
     unknown = sorted(set(arguments.layers or []) - {pair.name for pair in pairs})
     if unknown:
         raise ConfigError(f"layers: {unknown} are not among the {len(pairs)} compared layers, e.g. {pairs[0].name}")
-    results = layer_similarities(pairs, arguments.alpha, grids_of=arguments.layers or middle_and_ends(pairs))
-    rows = kind_rows(results)
-    paths = [output.csv(rows), output.csv(similarity_rows(results), "-layers.csv"), output.csv(grid_rows(results), "-grids.csv")]
-    paths += [output.picture(draw_grids(results, side), f"-{side}.png") for side in ("output", "input")]
+    layers = arguments.layers or similarity.middle_and_ends(pairs)
+    results = similarity.layer_similarities(pairs, arguments.alpha, grids_of=layers)
+    rows = similarity.kind_rows(results)
+    paths = [output.csv(rows), output.csv(similarity.similarity_rows(results), "-layers.csv")]
+    paths += [output.csv(similarity.grid_rows(results), "-grids.csv")]
+    paths += [output.picture(similarity.draw_grids(results, side), f"-{side}.png") for side in ("output", "input")]
     formats = {name: "" if name == "kind" else "d" if name == "layers" else ".4%" for name in rows[0]}
     _show(rows, formats, *paths)
 

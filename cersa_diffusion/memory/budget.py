@@ -158,8 +158,7 @@ def select_ranks(
     """The ranks of all target layers, from the energy shares in their settings or from the memory budget that they share.
 
     Args:
-        components: name -> model.
-        targets: "component.layer name" -> layer and settings.
+        components, targets: see `survey`.
         optimizer, weight_dtype, tokens, also_trained, show_progress: see `choose_ranks`.
 
     Returns:

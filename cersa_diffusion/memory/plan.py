@@ -197,13 +197,10 @@ def choose_ranks(
     ``ranks=chosen[component]``.
 
     Args:
-        model: any dense torch model, or the components of a pipeline by name.
+        model, optimizer, weight_dtype, tokens, show_progress: see `plan_memory`; the budget includes the state of the optimizer,
+            and the activations if `tokens` are given.
         config: settings for all components, or by component; `memory_budget` must be the same in all of them.
-        optimizer: a key of `OPTIMIZERS`; its state counts towards the budget.
-        weight_dtype: compute dtype of training; None: the current dtype of each layer.
-        tokens: "component.layer name" -> input of the layer in one step; None: the budget does not include activations.
         also_trained: "component.tensor name" of tensors that are trained in addition to the target layers, in float32.
-        show_progress: show a bar while layers are decomposed.
 
     Returns:
         Component -> layer name -> ranks; None for a layer that stays dense and frozen. A single model is the component "model".

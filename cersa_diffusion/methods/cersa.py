@@ -41,8 +41,7 @@ class CersaMethod(Method):
     def plan(self, components, dtype, *, optimizer="adamw", also_trained=()):
         if self.settings.memory_budget is not None:
             configs = {name: self.config(name) for name in components}
-            options = {"weight_dtype": dtype, "optimizer": optimizer, "also_trained": also_trained}
-            self._ranks = choose_ranks(components, configs, **options)
+            self._ranks = choose_ranks(components, configs, weight_dtype=dtype, optimizer=optimizer, also_trained=also_trained)
 
     def prepare(self, component, model):
         report = inject_cersa(model, self.config(component), ranks=self._ranks.get(component))

@@ -43,8 +43,6 @@ def load_result(
         method: a key of `METHODS`.
         weights_path: `TrainResult.weights_path`.
         base: the base of the run.
-        dtype: dtype of the pipeline.
-        revision: revision of the base.
-        variant: variant of the weight files of the base.
+        dtype, revision, variant: see `load_base`.
     """
     return METHODS[method].open(weights_path, base, dtype=dtype, revision=revision, variant=variant)

@@ -37,13 +37,11 @@ def generate(
     pictures = []
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", unit="batch", disable=not show_progress):
         batch = jobs[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        texts = [prompt for prompt, _ in batch]
         pictures += pipeline(
-            texts,
+            [prompt for prompt, _ in batch],
             # None and not a list of empty texts: without a negative prompt some pipelines use a special vector.
             negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
         ).images
