@@ -217,9 +217,7 @@ def _add_models(commands) -> None:
 
     curves = _command(commands, "compression", _compression, "training memory over dense weights against alpha (Fig. 7)")
     curves.add_argument("models", nargs="+", help=f"each: {where}")
-    curves.add_argument(
-        "--alphas", type=float, nargs="+", help="shares of the energy; if not given: 0.80 to 0.95 in steps of 0.01"
-    )
+    curves.add_argument("--alphas", type=float, nargs="+", help="energy shares; if not given: 0.80 to 0.95 in steps of 0.01")
     curves.add_argument("--rank", type=int, default=32, help="rank of the LoRA in the same figure")
     _add_targets(curves, f"{known}; each name is one curve, names joined by commas share a curve")
 
@@ -230,9 +228,7 @@ def _add_models(commands) -> None:
     memory.add_argument("--svfit_rank", type=int, default=768, help="singular values that SVFit trains")
     memory.add_argument("--off_diagonals", type=int, default=2, help="off-diagonals on either side in SVFT")
     memory.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
-    memory.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of frozen weights; if not given: float32"
-    )
+    memory.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of frozen weights; if not given: float32")
     _add_targets(memory, known)
 
     speed = _command(commands, "throughput", _throughput, "training speed of CERSA, LoRA and full fine-tuning (Fig. 9)")

@@ -31,7 +31,7 @@ from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.files import flush, flush_tree
 from cersa_diffusion.functional import kept_energy
-from cersa_diffusion.layers.model import check_untied, match_targets
+from cersa_diffusion.layers.model import DECOMPOSABLE, check_untied, match_targets
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.fingerprint import SINGULAR_VALUES, base_entries
@@ -116,8 +116,7 @@ def compress(
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
-        ConfigError: the model does not exist, a setting cannot be used, a target layer shares its weight, or `output_dir` is in
-            use.
+        ConfigError: no such model, a setting cannot be used, a target layer shares its weight, or `output_dir` is in use.
         NonFiniteError: NaN or infinity in a weight.
     """
     start, output_dir = time.perf_counter(), Path(output_dir)
@@ -161,9 +160,7 @@ def _settings(alpha: float | None, config: CersaConfig | Mapping[str, CersaConfi
 def _components(source: Path, settings: dict[str | None, CersaConfig]) -> list[_Component]:
     if not (source / PIPELINE_INDEX).is_file():
         if list(settings) != [None]:
-            raise ConfigError(
-                f"{source} is a single model, but config has the components {sorted(settings)}: pass one CersaConfig"
-            )
+            raise ConfigError(f"{source} is a single model, but config has components {sorted(settings)}: pass one CersaConfig")
         return [_Component("", source, *model_class(source), settings[None])]
     index = read_index(source)
     components = []
@@ -228,7 +225,7 @@ def _write_model(
 
 def _read_weight(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     weight = read_tensor(path, f"{name}.weight")
-    if tuple(weight.shape) != shape or weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if tuple(weight.shape) != shape or weight.dtype not in DECOMPOSABLE:
         raise ConfigError(
             f"{path}: layer {name} has shape {tuple(weight.shape)} and dtype {weight.dtype}, expected {shape} and a "
             "floating-point dtype of at least 16 bits: the checkpoint is quantised or does not match its config.json"

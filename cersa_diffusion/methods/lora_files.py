@@ -96,7 +96,7 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str | None 
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict] | None]:
-    """The tensors and the settings of a file by component; the settings are None if the file has not peft's format."""
+    """The tensors and the settings of a file by component; the settings are None if the file is not in peft's format."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file, expected a LoRA")
     weights, settings = defaultdict(dict), defaultdict(dict)
