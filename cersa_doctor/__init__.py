@@ -1,5 +1,5 @@
-"""`cersa doctor`: what is installed here, what works, and what to do about the rest.
+"""`cersa doctor`: reports what is installed, what works, and how to repair the rest.
 
-A package of its own, on the standard library and packaging alone: importing cersa_diffusion imports torch, transformers and
-diffusers, and a broken one of these is what the doctor is called for.
+It is a separate package that needs only the standard library and packaging: cersa_diffusion imports torch, transformers and
+diffusers, and the doctor must also run when one of them is broken.
 """

@@ -1,4 +1,4 @@
-"""`python -m cersa_doctor`, where the `cersa` command itself is not installed."""
+"""`python -m cersa_doctor`, for environments without the `cersa` command."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""The `cersa` command's way in: the doctor is reached without what it examines."""
+"""The entry point of the `cersa` command: `cersa doctor` runs without importing the packages that it examines."""
 
 import argparse
 import json
 import sys
 
-HELP = "say what is installed, what works here and what to do about the rest"
+HELP = "report what is installed, what works, and how to repair the rest"
 
 
 def main() -> None:
@@ -14,22 +14,18 @@ def main() -> None:
         add_arguments(parser)
         sys.exit(run(parser.parse_args(sys.argv[2:])))
     # Imported here: it imports torch, transformers and diffusers, one of which may be broken.
-    from cersa_diffusion.cli.command import main as every_other_command
+    from cersa_diffusion.cli.command import main as other_commands
 
-    every_other_command()
+    other_commands()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `cersa doctor`."""
-    parser.add_argument("--json", action="store_true", help="the report for programs")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Examines and prints.
-
-    Returns:
-        The exit status: 1 when something will not work.
-    """
+    """Prints the report; returns the exit status, 1 if something will not work."""
     try:
         from cersa_doctor.report import examine
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Trying out what only running code can tell, in processes of their own: a crash there is a line of the report here."""
+"""Tests imports and devices in separate processes: if such a process crashes, the report says so."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 SECONDS = 300
-# Distribution -> what is run; importing transformers or diffusers alone loads next to nothing of them.
+# Distribution -> statement to run. `import transformers` and `import diffusers` would load almost nothing of these packages.
 IMPORTS = {
     "torch": "import torch",
     "torchvision": "import torchvision",
@@ -70,10 +70,10 @@ class Device:
     """A device of torch.
 
     Attributes:
-        device: as torch spells it.
-        name: of the hardware.
-        free_bytes, total_bytes: of its memory; None where the system does not say.
-        dtypes: dtype -> whether a small product of matrices came out right.
+        device: torch's name of the device.
+        name: name of the hardware.
+        free_bytes, total_bytes: its memory; None if the system does not report it.
+        dtypes: dtype -> whether a small matrix product is correct.
     """
 
     device: str
@@ -84,44 +84,42 @@ class Device:
 
 
 def import_errors(names: list[str]) -> dict[str, str | None]:
-    """What importing does: distribution -> its error in one line, or None when it works.
+    """Imports installed distributions: distribution -> its error in one line, or None if the import works.
 
-    Args:
-        names: installed distributions; those that are not in `IMPORTS` are left out.
+    Distributions that are not in `IMPORTS` are ignored.
     """
     errors: dict[str, str | None] = {}
     waiting = {name: statement for name, statement in IMPORTS.items() if name in names}
     while waiting:
-        output, ending = _run(_TRY_IMPORTS, json.dumps(waiting))
-        begun = None
-        for event, name, *error in output:
-            begun = name
+        events, problem = _run(_TRY_IMPORTS, json.dumps(waiting))
+        current = None
+        for event, name, *error in events:
+            current = name if event == "begin" else None
             if event == "end":
                 errors[name] = error[0]
                 waiting.pop(name)
-                begun = None
         if waiting:
-            # The process died: of the import it was at, the others are tried without it.
-            culprit = begun or next(iter(waiting))
-            errors[culprit] = f"importing it ends the process ({ending})"
+            # The current import ended the process: the others are tried again without it.
+            culprit = current or next(iter(waiting))
+            errors[culprit] = f"importing it ends the process ({problem})"
             waiting.pop(culprit)
     return errors
 
 
 def devices() -> tuple[list[Device], str | None]:
-    """The devices that torch finds, and the error that kept it from finding all of them, or None."""
-    output, ending = _run(_TRY_DEVICES)
-    return [Device(**line) for line in output], ending
+    """The devices that torch finds, and the error that ended the search, or None."""
+    lines, problem = _run(_TRY_DEVICES)
+    return [Device(**line) for line in lines], problem
 
 
 def _run(code: str, *arguments: str) -> tuple[list, str | None]:
-    """The JSON lines that some code prints in a process of its own, and what is to be said of its ending."""
+    """Runs code in a separate process; returns the JSON lines that it prints, and the reason for a failure, or None."""
     try:
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=SECONDS)
+        process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return [], f"no answer in {SECONDS} seconds"
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{"]
-    if done.returncode == 0:
+    lines = [json.loads(line) for line in process.stdout.splitlines() if line[:1] in "[{"]
+    if process.returncode == 0:
         return lines, None
-    messages = done.stderr.strip().splitlines()
-    return lines, messages[-1] if messages else f"exit status {done.returncode}"
+    messages = process.stderr.strip().splitlines()
+    return lines, messages[-1] if messages else f"exit status {process.returncode}"

@@ -1,4 +1,4 @@
-"""The report of `cersa doctor`: all that was found, and which of it will not work."""
+"""The report of `cersa doctor`: what is installed, and what will not work."""
 
 import platform
 import sys
@@ -14,16 +14,16 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Report:
-    """What the doctor found.
+    """The results of the doctor.
 
     Attributes:
-        packages: that this one asks for.
-        pairs: of installed packages that do not work together.
-        import_errors: distribution -> error, or None where importing works.
-        devices: of torch.
-        device_error: what kept torch from finding them, or None.
-        folders: of caches.
-        problems: what will not work, a line each.
+        packages: the required packages.
+        pairs: installed packages that do not work together.
+        import_errors: distribution -> error, or None if the import works.
+        devices: the devices of torch.
+        device_error: the error that ended the search for devices, or None.
+        folders: the cache folders.
+        problems: what will not work, one line each.
     """
 
     packages: list[Package]
@@ -35,7 +35,7 @@ class Report:
     problems: list[str]
 
     def to_dict(self) -> dict:
-        """The report for programs."""
+        """The report as plain values for JSON."""
         return {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -63,30 +63,30 @@ class Report:
     def __str__(self) -> str:
         sections = {
             f"Python {platform.python_version()} on {platform.platform()} ({sys.executable})": [],
-            "Packages: installed, admitted, tested": [_package_line(package) for package in self.packages if _is_shown(package)],
-            "Extras that are not complete": _extra_lines(self.packages),
-            "Devices, and the dtypes that compute there": [_device_line(device) for device in self.devices],
+            "Packages: installed, allowed, tested": [_package_line(package) for package in self.packages if _is_shown(package)],
+            "Incomplete extras": _extra_lines(self.packages),
+            "Devices, and the dtypes that work on them": [_device_line(device) for device in self.devices],
             "Caches": [f"{folder.content}: {folder.path or 'off'}, {_size(folder.size_bytes)}" for folder in self.folders],
-            "Will not work": self.problems or ["nothing known"],
+            "Will not work": self.problems or ["no known problems"],
         }
         return "\n".join(line for title, lines in sections.items() for line in (title, *(f"  {line}" for line in lines)))
 
 
 def examine() -> Report:
-    """Looks at everything; takes as long as importing all libraries."""
+    """Examines everything; this takes as long as importing all libraries."""
     try:
         packages, problems = required_packages(), []
     except PackageNotFoundError:
         packages, problems = [], [f"{DISTRIBUTION} is not installed: pip install -c constraints.txt -e ."]
     pairs = bad_pairs()
     errors = import_errors([name for name in IMPORTS if installed_version(name)])
-    found, device_error = devices() if errors.get("torch", "not installed") is None else ([], "torch cannot be imported")
+    torch_devices, device_error = devices() if errors.get("torch", "not installed") is None else ([], "torch cannot be imported")
     problems += [_version_problem(package) for package in packages if not package.fits and _is_needed(package)]
     problems += map(str, pairs)
     problems += [f"{name}: {error}" for name, error in errors.items() if error]
     problems += [f"devices: {device_error}"] if device_error else []
-    problems += [f"{device.device}: float32 does not compute" for device in found if not device.dtypes["float32"]]
-    return Report(packages, pairs, errors, found, device_error, cache_folders(), list(dict.fromkeys(problems)))
+    problems += [f"{device.device}: float32 does not work" for device in torch_devices if not device.dtypes["float32"]]
+    return Report(packages, pairs, errors, torch_devices, device_error, cache_folders(), list(dict.fromkeys(problems)))
 
 
 def missing_extras(packages: list[Package]) -> dict[str, list[str]]:
@@ -107,8 +107,8 @@ def _is_shown(package: Package) -> bool:
 
 
 def _version_problem(package: Package) -> str:
-    here = "is not installed" if package.installed is None else f"is {package.installed}"
-    return f"{package.name} {here}, expected {package.wanted}: pip install '{package.name}{package.wanted}'"
+    state = "is not installed" if package.installed is None else f"is {package.installed}"
+    return f"{package.name} {state}, expected {package.wanted}: pip install '{package.name}{package.wanted}'"
 
 
 def _package_line(package: Package) -> str:
@@ -124,7 +124,7 @@ def _extra_lines(packages: list[Package]) -> list[str]:
 
 
 def _device_line(device: Device) -> str:
-    dtypes = ", ".join(f"{dtype}{'' if works else ' does not'}" for dtype, works in device.dtypes.items())
+    dtypes = ", ".join(f"{dtype}{'' if works else ' does not work'}" for dtype, works in device.dtypes.items())
     memory = "" if device.total_bytes is None else f", {_size(device.free_bytes)} of {_size(device.total_bytes)} free"
     return f"{device.device} ({device.name}){memory}: {dtypes}"
 

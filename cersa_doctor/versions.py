@@ -1,4 +1,4 @@
-"""Installed versions against those that this package asks for, those it was tested with, and pairs that do not work together."""
+"""Compares installed versions with the required and the tested ones, and finds packages that do not work together."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 DISTRIBUTION = "cersa-diffusion"
-# What `make test` runs with: the versions of constraints.txt (tests/doctor compares the two).
+# The versions that `make test` installs, from constraints.txt (tests/test_doctor.py compares the two).
 TESTED = {
     "accelerate": "1.15.0",
     "datasets": "5.2.0",
@@ -26,10 +26,10 @@ TESTED = {
     "torchvision": ">=0.29,<0.30",
     "transformers": "5.23.0",
 }
-# Extra of pyproject.toml -> what it is for.
+# Extra in pyproject.toml -> its purpose.
 EXTRAS = {
     "score": "scoring pictures, comparing methods, the demo",
-    "train": "data sets of the hub, logs of a training, classification",
+    "train": "data sets from the hub, training logs, classification",
     "plot": "figures of plans and analyses",
     "app": "the page in a browser",
     "ray": "comparing methods on several machines",
@@ -43,13 +43,13 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Package:
-    """A package that this one requires, by itself or for an extra.
+    """A package that this one requires.
 
     Attributes:
-        name: as the registry spells it.
-        wanted: the versions that pyproject.toml admits.
-        installed: its version here; None when it is not installed.
-        extra: that asks for it; "" for the package itself.
+        name: its name in the package registry.
+        wanted: the versions that pyproject.toml allows.
+        installed: the installed version, or None.
+        extra: the extra that requires it; "" if no extra is needed.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Package:
 
     @property
     def tested(self) -> str:
-        """The version of the tests, or ""."""
+        """The version that the tests use, or ""."""
         return TESTED.get(self.name, "")
 
     @property
     def fits(self) -> bool:
-        """Whether an admitted version is installed."""
+        """Whether an allowed version is installed."""
         return self.installed is not None and self.wanted.contains(self.installed, prereleases=True)
 
 
@@ -73,10 +73,10 @@ class BadPair:
     """Two packages that do not work together.
 
     Attributes:
-        packages: with the versions that are installed.
-        symptom: what goes wrong.
-        remedy: a command.
-        stops_training: whether nothing can be trained with them.
+        packages: their names and installed versions.
+        symptom: what fails.
+        remedy: how to repair it.
+        stops_training: whether training is impossible with them.
     """
 
     packages: str
@@ -97,16 +97,16 @@ def installed_version(name: str) -> Version | None:
 
 
 def required_packages() -> list[Package]:
-    """What the metadata of this distribution asks for, sorted by extra and name.
+    """The packages that the metadata of this distribution requires, sorted by extra and name.
 
     Raises:
-        PackageNotFoundError: cersa-diffusion is not installed, and so has no metadata.
+        PackageNotFoundError: cersa-diffusion is not installed and therefore has no metadata.
     """
     packages: dict[tuple[str, str], Package] = {}
     for requirement in map(Requirement, requires(DISTRIBUTION) or []):
         name = canonicalize_name(requirement.name)
         for extra in ("", *EXTRAS):
-            # An extra's requirements are those whose marker holds with it and not without it.
+            # A requirement belongs to an extra if its marker is true with the extra and false without it.
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
             belongs = not extra or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}))
             if applies and belongs and name != DISTRIBUTION:
@@ -115,7 +115,7 @@ def required_packages() -> list[Package]:
 
 
 def bad_pairs() -> list[BadPair]:
-    """The installed pairs that are known not to work together."""
+    """The installed packages that are known not to work together."""
     return [*_transformers_and_peft(), *_torch_and_torchvision()]
 
 
@@ -125,9 +125,8 @@ def _transformers_and_peft() -> Iterator[BadPair]:
         yield BadPair(
             f"transformers {transformers} with peft {peft}",
             "transformers 5.24 and newer refuse peft below 0.22 in their own add_adapter, set_adapter, active_adapters and "
-            "delete_adapter, which is what a text encoder with a LoRA is changed and saved by; cersa_diffusion itself needs none "
-            "of them",
-            "pip install 'transformers<5.24', or peft 0.22 once there is one",
+            "delete_adapter, which change and save a text encoder with a LoRA; cersa_diffusion itself uses none of them",
+            "pip install 'transformers<5.24', or peft 0.22 when it is released",
             stops_training=False,
         )
 
@@ -140,12 +139,12 @@ def _torch_and_torchvision() -> Iterator[BadPair]:
     if not made_for.contains(torch.public, prereleases=True):
         remedy = "pip install --upgrade torch torchvision"
     elif torch.local == "cpu" and torchvision.local != "cpu":
-        remedy = "install both from one place: the registry's torch and torchvision, or both from PyTorch's index of CPU builds"
+        remedy = "install both from the same source: the package registry, or PyTorch's index of CPU builds"
     else:
         return
     yield BadPair(
         f"torch {torch} with torchvision {torchvision}",
-        "torchvision's operators do not load into a torch that it was not built for (operator torchvision::nms does not exist), "
+        "the operators of torchvision only load into the torch that it was built for (operator torchvision::nms does not exist), "
         "so transformers and diffusers cannot be imported",
         remedy,
         stops_training=True,

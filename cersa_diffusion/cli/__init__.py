@@ -1,4 +1,4 @@
-"""The `cersa` command, one file for each of its commands."""
+"""The `cersa` command; each of its commands has its own file."""
 
 from cersa_diffusion.cli.command import main
 

@@ -1,4 +1,4 @@
-"""The commands of `cersa` that read adapter files: info, diff, export-lora, merge."""
+"""The commands of `cersa` for adapter files: info, diff, export-lora, merge."""
 
 import argparse
 
@@ -7,8 +7,6 @@ import torch
 from cersa_diffusion.adapters.file import AdapterFile, read_adapter_file
 from cersa_diffusion.adapters.report import compare_adapters, describe_adapter, difference_table
 from cersa_diffusion.pipelines.hub import find_adapter_file
-
-DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def _read(name: str) -> AdapterFile:
@@ -20,32 +18,23 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    a, b = _read(arguments.first), _read(arguments.second)
-    base = None
+    first, second, base = _read(arguments.first), _read(arguments.second), None
     if arguments.base:
-        # Imported here, as below: diffusers is slow to import, and the other commands do without.
+        # Imported here and below: diffusers is slow to import, and other commands do not need it.
         from cersa_diffusion.pipelines.methods import pipeline_components
         from cersa_diffusion.pipelines.open import base_pipeline
 
-        base = pipeline_components(base_pipeline(a, arguments.base))
-    print(difference_table(compare_adapters(a, b, base)))
+        base = pipeline_components(base_pipeline(first, arguments.base))
+    print(difference_table(compare_adapters(first, second, base)))
 
 
 def _export_lora(arguments: argparse.Namespace) -> None:
     from cersa_diffusion.interop.lora import export_lora
     from cersa_diffusion.pipelines.open import base_pipeline
 
-    adapter = _read(arguments.file)
-    report = export_lora(
-        adapter,
-        arguments.output,
-        rank=arguments.rank,
-        format=arguments.format,
-        dtype=getattr(torch, arguments.dtype),
-        base=base_pipeline(adapter, arguments.base),
-        prompt=arguments.prompt,
-    )
-    print(report)
+    adapter, dtype = _read(arguments.file), getattr(torch, arguments.dtype)
+    options = {"rank": arguments.rank, "format": arguments.format, "prompt": arguments.prompt}
+    print(export_lora(adapter, arguments.output, dtype=dtype, base=base_pipeline(adapter, arguments.base), **options))
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -60,37 +49,33 @@ def _merge(arguments: argparse.Namespace) -> None:
     load_adapter(components, adapter, strength=arguments.strength, keep_base=False)
     for model in components.values():
         merge(model)
-    # Merged in float32, and rounded once.
+    # The merge is in float32, and the weights are rounded only once.
     pipeline.to(getattr(torch, arguments.dtype)).save_pretrained(arguments.output)
     print(f"{arguments.output}: {type(pipeline).__name__} in {arguments.dtype}, {len(adapter.layers)} layers merged")
 
 
 def add_adapter_commands(commands) -> None:
-    """Adds the commands to an argument parser's sub-parsers."""
-    info = commands.add_parser("info", help="say what an adapter file holds")
+    """Adds the commands."""
+    info = commands.add_parser("info", help="describe an adapter file")
     info.add_argument("file", help="a CERSA adapter: a file, a folder that holds one, or an id on the hub")
     info.set_defaults(run=_info)
 
     diff = commands.add_parser("diff", help="compare the weight changes of two adapters, layer by layer")
     diff.add_argument("first", help="the reference")
     diff.add_argument("second", help="another adapter of the same base")
-    diff.add_argument("--base", help="folder or hub id of their pipeline: compares exactly, and adapters of other ranks as well")
+    diff.add_argument("--base", help="folder or hub id of their pipeline: for an exact comparison, also of different ranks")
     diff.set_defaults(run=_diff)
 
-    export = commands.add_parser("export-lora", help="write an adapter as a LoRA, and measure what that costs")
-    export.add_argument("file", help="a CERSA adapter")
-    export.add_argument("output", help="safetensors file to write")
-    export.add_argument("--base", help="folder or hub id of its pipeline; what the file says about it is shown, never followed")
-    export.add_argument("--rank", type=int, default=64, help="of every layer; higher changes are cut to it (default: 64)")
+    export = commands.add_parser("export-lora", help="write an adapter as a LoRA, and measure the difference of the outputs")
+    export.add_argument("--rank", type=int, default=64, help="rank of every layer; higher ranks are truncated (default: 64)")
     export.add_argument("--format", choices=["diffusers", "kohya"], default="diffusers", help="key convention")
-    export.add_argument("--dtype", choices=DTYPES, default="float16", help="storage")
-    export.add_argument("--prompt", default="a photo", help="what is drawn to measure the difference of the outputs")
+    export.add_argument("--prompt", default="a photo", help="prompt for the measurement of the output difference")
     export.set_defaults(run=_export_lora)
-
-    merge = commands.add_parser("merge", help="write the adapted pipeline as a plain one that needs no CERSA")
-    merge.add_argument("file", help="a CERSA adapter")
-    merge.add_argument("output", help="folder to write")
-    merge.add_argument("--base", help="folder or hub id of its pipeline; what the file says about it is shown, never followed")
+    merge = commands.add_parser("merge", help="write the adapted pipeline as a dense one that does not need CERSA")
     merge.add_argument("--strength", type=float, default=1.0, help="factor of the adapter")
-    merge.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     merge.set_defaults(run=_merge)
+    for parser, output, dtype in ((export, "safetensors file to write", "float16"), (merge, "folder to write", "float32")):
+        parser.add_argument("file", help="a CERSA adapter")
+        parser.add_argument("output", help=output)
+        parser.add_argument("--base", help="folder or hub id of its pipeline; the base that the file names is never loaded")
+        parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default=dtype, help="dtype of the weights")

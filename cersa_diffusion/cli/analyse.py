@@ -1,6 +1,7 @@
-"""`cersa analyse ...`: the paper's analyses, each a command that writes CSV files and pictures and prints a table."""
+"""`cersa analyse`: the analyses of the paper. Each command writes CSV files and pictures and prints a table."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ from cersa_diffusion.memory.cost import OPTIMIZERS
 from cersa_diffusion.memory.plot import PLOTTED_ALPHAS
 from cersa_diffusion.text import table
 
-# The modules of the analyses are imported by the commands that need them: transformers and peft are slow to import.
+# Each command imports its modules itself, because transformers and peft are slow to import.
 MIB = 2**20
 
 
@@ -29,16 +30,16 @@ def _output(arguments: argparse.Namespace, name: str) -> Output:
 
 
 def _patterns(arguments: argparse.Namespace) -> str | list[str]:
-    """Targets of a pair of checkpoints: a preset in any architecture, name endings, one regular expression, or all."""
+    """The target layers of two checkpoints: a preset for all architectures, name endings, one regular expression, or all."""
     from cersa_diffusion.classification.targets import LAYERS, PRESETS
 
-    chosen = arguments.target_modules
-    if chosen is None or chosen == ["all-linear"]:
+    targets = arguments.target_modules
+    if targets is None or targets == ["all-linear"]:
         return "all-linear"
-    if len(chosen) == 1 and chosen[0] in PRESETS:
-        endings = {names[kind] for names in LAYERS.values() for kind in PRESETS[chosen[0]]}
+    if len(targets) == 1 and targets[0] in PRESETS:
+        endings = {names[kind] for names in LAYERS.values() for kind in PRESETS[targets[0]]}
         return rf".*\.(?:{'|'.join(sorted(endings))})"
-    return chosen[0] if len(chosen) == 1 and not chosen[0].replace(".", "").replace("_", "").isalnum() else chosen
+    return targets[0] if len(targets) == 1 and not targets[0].replace(".", "").replace("_", "").isalnum() else targets
 
 
 def _ranks(arguments: argparse.Namespace) -> None:
@@ -49,15 +50,16 @@ def _ranks(arguments: argparse.Namespace) -> None:
     check_alphas(arguments.alphas)
     spectra = layer_spectra(open_dense(arguments.model), arguments.target_modules)
     rows = rank_rows(spectra, arguments.alphas)
-    kinds = {(row["kind"], row["alpha"]): [] for row in rows}
+    shares_by_kind = defaultdict(list)
     for row in rows:
-        kinds[row["kind"], row["alpha"]].append(row["share"])
+        shares_by_kind[row["kind"], row["alpha"]].append(row["share"])
     summary = [
-        {"kind": kind, "alpha": alpha, "layers": len(own), "lowest": min(own), "mean": sum(own) / len(own), "highest": max(own)}
-        for (kind, alpha), own in kinds.items()
+        {"kind": kind, "alpha": alpha, "layers": len(shares)}
+        | {"lowest": min(shares), "mean": sum(shares) / len(shares), "highest": max(shares)}
+        for (kind, alpha), shares in shares_by_kind.items()
     ]
-    formats = {"kind": "", "alpha": "g", "layers": "d", "lowest": ".3f", "mean": ".3f", "highest": ".3f"}
-    print("k over the full rank")
+    formats = {"kind": "", "alpha": "g", "layers": "d"} | dict.fromkeys(("lowest", "mean", "highest"), ".3f")
+    print("k divided by the full rank")
     _show(summary, formats, output.csv(rows), output.picture(draw_ranks(rows)))
 
 
@@ -73,8 +75,8 @@ def _compression(arguments: argparse.Namespace) -> None:
         for targets in arguments.target_modules or [None]:
             spectra = layer_spectra(components, targets and targets.split(","), default="QKV")
             name = f"{model.rstrip('/').rsplit('/', 1)[-1]} {targets or ''}".strip()
-            chosen = {"alphas": arguments.alphas} if arguments.alphas else {}
-            rows += compression_rows(name, spectra, lora_rank=arguments.rank, **chosen)
+            options = {"alphas": arguments.alphas} if arguments.alphas else {}
+            rows += compression_rows(name, spectra, lora_rank=arguments.rank, **options)
     formats = {"model": "", "layers": "d", "alpha": "g", "compression": ".3f", "lora": ".3f"}
     _show(rows, formats, output.csv(rows), output.picture(draw_compression(rows, arguments.rank)))
 
@@ -95,10 +97,9 @@ def _memory(arguments: argparse.Namespace) -> None:
     )
     components = open_dense(arguments.model)
     rows = memory_rows(components, targets_by_component(components, arguments.target_modules, "QKV"), settings)
-    shown = in_columns_of_the_paper(rows)
-    formats = {column: "" if number == 0 else ".3f" for number, column in enumerate(shown[0])}
-    paths = output.csv(shown), output.csv(rows, "-bytes.csv"), output.picture(draw_memory(rows))
-    _show(shown, formats, *paths)
+    table_rows = in_columns_of_the_paper(rows)
+    formats = {column: "" if number == 0 else ".3f" for number, column in enumerate(table_rows[0])}
+    _show(table_rows, formats, output.csv(table_rows), output.csv(rows, "-bytes.csv"), output.picture(draw_memory(rows)))
 
 
 def _throughput(arguments: argparse.Namespace) -> None:
@@ -137,12 +138,9 @@ def _ablations(arguments: argparse.Namespace) -> None:
     from cersa_diffusion.classification.command import parse_command
     from cersa_diffusion.classification.settings import ImageData, TextData
 
-    data_class, models = {
-        "pictures": (ImageData, ("vit-large", "vit-base")),
-        "sentences": (TextData, ("deberta-v3-base",)),
-    }[arguments.kind]
-    given = [*arguments.training, "--output_dir", arguments.output]
-    settings, data, training, preset = parse_command(data_class, models, "the training of every variant", given)
+    tasks = {"pictures": (ImageData, ("vit-large", "vit-base")), "sentences": (TextData, ("deberta-v3-base",))}
+    options = [*arguments.training, "--output_dir", arguments.output]
+    settings, data, training, preset = parse_command(*tasks[arguments.kind], "the training of every variant", options)
     rows = run_ablations(settings, data, training, tables=arguments.tables, seeds=arguments.seeds, preset=preset)
     summary = [row | {"memory (MiB)": row["memory"] / MIB} for row in summary_rows(rows)]
     formats = {"table": "d", "variant": "", "metric": "", "seeds": "d", "mean": ".4f", "deviation": ".4f", "trained": "d"}
@@ -152,28 +150,23 @@ def _ablations(arguments: argparse.Namespace) -> None:
 
 def _similarity(arguments: argparse.Namespace) -> None:
     output = _output(arguments, "similarity")
+    from cersa_diffusion.analysis import similarity
     from cersa_diffusion.analysis.models import open_pair
-    from cersa_diffusion.analysis.similarity import (
-        draw_grids,
-        grid_rows,
-        kind_rows,
-        layer_similarities,
-        middle_and_ends,
-        similarity_rows,
-    )
     from cersa_diffusion.analysis.spectra import check_alphas
 
     check_alphas([arguments.alpha])
     pairs = open_pair(arguments.base, arguments.tuned, _patterns(arguments), arguments.exclude_modules)
     unknown = sorted(set(arguments.layers or []) - {pair.name for pair in pairs})
     if unknown:
-        raise ConfigError(f"layers: {unknown} are none of the {len(pairs)} that are compared, e.g. {pairs[0].name}")
-    found = layer_similarities(pairs, arguments.alpha, grids_of=arguments.layers or middle_and_ends(pairs))
-    kinds = kind_rows(found)
-    paths = [output.csv(kinds), output.csv(similarity_rows(found), "-layers.csv"), output.csv(grid_rows(found), "-grids.csv")]
-    paths += [output.picture(draw_grids(found, side), f"-{side}.png") for side in ("output", "input")]
-    formats = {name: "" if name == "kind" else "d" if name == "layers" else ".4%" for name in kinds[0]}
-    _show(kinds, formats, *paths)
+        raise ConfigError(f"layers: {unknown} are not among the {len(pairs)} compared layers, e.g. {pairs[0].name}")
+    layers = arguments.layers or similarity.middle_and_ends(pairs)
+    results = similarity.layer_similarities(pairs, arguments.alpha, grids_of=layers)
+    rows = similarity.kind_rows(results)
+    paths = [output.csv(rows), output.csv(similarity.similarity_rows(results), "-layers.csv")]
+    paths += [output.csv(similarity.grid_rows(results), "-grids.csv")]
+    paths += [output.picture(similarity.draw_grids(results, side), f"-{side}.png") for side in ("output", "input")]
+    formats = {name: "" if name == "kind" else "d" if name == "layers" else ".4%" for name in rows[0]}
+    _show(rows, formats, *paths)
 
 
 def _intruders(arguments: argparse.Namespace) -> None:
@@ -215,82 +208,77 @@ def _add_targets(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_models(commands) -> None:
-    where = "a model, pipeline or finished classification result: a folder or a hub id"
-    known = "Q, K and V where the architecture is known, else all linear layers"
+    where = "folder or hub id of a model, a pipeline or a finished classification result"
+    known = "Q, K and V of known architectures, else all linear layers"
     ranks = _command(commands, "ranks", _ranks, "rank by layer and kind at several alphas (Fig. 3)")
     ranks.add_argument("model", help=where)
     ranks.add_argument("--alphas", type=float, nargs="+", default=list(PLOTTED_ALPHAS), help="shares of the energy")
-    _add_targets(ranks, "all of Q, K, V, P, UP, DN where the architecture is known, else all linear layers")
+    _add_targets(ranks, "Q, K, V, P, UP and DN of known architectures, else all linear layers")
 
     curves = _command(commands, "compression", _compression, "training memory over dense weights against alpha (Fig. 7)")
-    curves.add_argument("models", nargs="+", help=f"each {where}")
-    curves.add_argument("--alphas", type=float, nargs="+", help="shares of the energy; without: .80 to .95 in steps of .01")
-    curves.add_argument("--rank", type=int, default=32, help="of the LoRA beside it")
-    _add_targets(curves, f"{known}; each name is a curve of its own, names joined by commas are one")
+    curves.add_argument("models", nargs="+", help=f"each: {where}")
+    curves.add_argument("--alphas", type=float, nargs="+", help="energy shares; if not given: 0.80 to 0.95 in steps of 0.01")
+    curves.add_argument("--rank", type=int, default=32, help="rank of the LoRA in the same figure")
+    _add_targets(curves, f"{known}; each name is one curve, names joined by commas share a curve")
 
-    memory = _command(commands, "memory", _memory, "memory of every method in the columns of Table 14, computed")
+    memory = _command(commands, "memory", _memory, "computed memory of every method in the columns of Table 14")
     memory.add_argument("model", help=where)
-    memory.add_argument("--alphas", type=float, nargs="+", default=[0.95, 0.92, 0.9, 0.85, 0.8], help="of CERSA")
-    memory.add_argument("--ranks", type=int, nargs="*", default=[8, 32], help="of LoRA")
+    memory.add_argument("--alphas", type=float, nargs="+", default=[0.95, 0.92, 0.9, 0.85, 0.8], help="alphas of CERSA")
+    memory.add_argument("--ranks", type=int, nargs="*", default=[8, 32], help="ranks of LoRA")
     memory.add_argument("--svfit_rank", type=int, default=768, help="singular values that SVFit trains")
-    memory.add_argument("--off_diagonals", type=int, default=2, help="of SVFT's band, on either side")
-    memory.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="whose state is counted")
-    memory.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of frozen weights; without: float32")
+    memory.add_argument("--off_diagonals", type=int, default=2, help="off-diagonals on either side in SVFT")
+    memory.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
+    memory.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of frozen weights; if not given: float32")
     _add_targets(memory, known)
 
     speed = _command(commands, "throughput", _throughput, "training speed of CERSA, LoRA and full fine-tuning (Fig. 9)")
-    speed.add_argument("model", help=f"{where}; of a pipeline the UNet")
-    speed.add_argument("--alphas", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8], help="of CERSA")
-    speed.add_argument("--ranks", type=int, nargs="*", default=[8, 32], help="of LoRA; ratios are to the last")
+    speed.add_argument("model", help=f"{where}; of a pipeline, the UNet is measured")
+    speed.add_argument("--alphas", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8], help="alphas of CERSA")
+    speed.add_argument("--ranks", type=int, nargs="*", default=[8, 32], help="ranks of LoRA; ratios are to the last rank")
     speed.add_argument("--batch", type=int, default=32, help="examples per step")
-    speed.add_argument("--tokens", type=int, help="length of sentences or prompts; without: 128 or 77")
-    speed.add_argument("--steps", type=int, default=3, help="timed together before the next method has its turn")
-    speed.add_argument("--rounds", type=int, default=5, help="turns of every method, after one that is not timed")
+    speed.add_argument("--tokens", type=int, help="length of sentences or prompts; if not given: 128 or 77")
+    speed.add_argument("--steps", type=int, default=3, help="steps of one method in a round, timed together")
+    speed.add_argument("--rounds", type=int, default=5, help="timed rounds over all methods, after one untimed round")
     speed.add_argument("--autocast", choices=["bfloat16", "float16"], help="compute in this dtype")
-    speed.add_argument("--device", help="without: the GPU where there is one")
+    speed.add_argument("--device", help="device; if not given: the GPU if there is one")
     _add_targets(speed, known)
 
 
 def _add_runs(commands) -> None:
-    sweep = _command(commands, "ablations", _ablations, "the ablations of Tables 2 to 6, trained on any classification task")
+    sweep = _command(commands, "ablations", _ablations, "the ablations of Tables 2 to 6, on any classification task")
     sweep.add_argument("kind", choices=["pictures", "sentences"], help="what is classified")
-    sweep.add_argument("--tables", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="of the paper")
-    sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="every variant is trained with each")
-    script = "scripts/train_vit_cersa.py or scripts/train_glue_cersa.py"
-    sweep.add_argument(
-        "--training", nargs=argparse.REMAINDER, required=True, help=f"last: all that follows are options of {script}"
-    )
+    sweep.add_argument("--tables", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="tables of the paper")
+    sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="every variant is trained with each seed")
+    text = "must be last: everything after it is passed to scripts/train_vit_cersa.py or scripts/train_glue_cersa.py"
+    sweep.add_argument("--training", nargs=argparse.REMAINDER, required=True, help=text)
 
-    forgetting = _command(commands, "forgetting", _forgetting, "average forgetting rate over other data sets (Table 15)")
-    forgetting.add_argument("runs", nargs="+", help="output_dir of finished classification runs from one model, on several data")
+    forgetting = _command(commands, "forgetting", _forgetting, "average forgetting rate on other data sets (Table 15)")
+    forgetting.add_argument(
+        "runs", nargs="+", help="output_dir of finished classification runs with one model and several data sets"
+    )
     forgetting.add_argument("--batch", type=int, default=64, help="examples per forward pass")
-    forgetting.add_argument("--device", help="without: the GPU where there is one")
+    forgetting.add_argument("--device", help="device; if not given: the GPU if there is one")
 
 
 def _add_pairs(commands) -> None:
-    similarity = _command(
-        commands, "similarity", _similarity, "psi between the subspaces of two checkpoints (Table 16, Fig. 11, 12)"
-    )
-    similarity.add_argument("--alpha", type=float, default=0.95, help="share of the energy that the compared subspaces hold")
-    similarity.add_argument("--layers", nargs="+", help="those of the heat maps; without: first, middle and last of each kind")
+    text = "similarity psi between the subspaces of two checkpoints (Table 16, Fig. 11, 12)"
+    similarity = _command(commands, "similarity", _similarity, text)
+    similarity.add_argument("--alpha", type=float, default=0.95, help="share of the energy in the compared subspaces")
+    similarity.add_argument("--layers", nargs="+", help="layers of the heat maps; if not given: first, middle, last of each kind")
     intruders = _command(commands, "intruders", _intruders, "intruder dimensions (arXiv 2410.21228) of a tuned checkpoint")
-    intruders.add_argument("--leading", type=int, default=10, help="singular vectors of the tuned weight that are looked at")
-    intruders.add_argument("--thresholds", type=float, nargs="+", help="cosines; without: .3 to .9")
+    intruders.add_argument("--leading", type=int, default=10, help="number of examined singular vectors of the tuned weight")
+    intruders.add_argument("--thresholds", type=float, nargs="+", help="thresholds of the cosine; if not given: 0.3 to 0.9")
     for parser in (similarity, intruders):
-        parser.add_argument("base", help="the first: a model, pipeline or safetensors file; a folder or a hub id")
-        parser.add_argument(
-            "tuned", help="the second: likewise, or an adapter (CERSA, peft, LoRA of a pipeline) or result of a run"
-        )
+        parser.add_argument("base", help="folder or hub id of a model or pipeline, or a safetensors file")
+        parser.add_argument("tuned", help="the same, or an adapter (CERSA, peft, LoRA of a pipeline), or the result of a run")
         parser.add_argument("--exclude_modules", nargs="+", metavar="NAME", help="name endings of layers to leave out")
         _add_targets(parser, "all linear layers")
 
 
 def add_analyse(commands) -> None:
-    """Adds the command to an argument parser's sub-parsers."""
-    analyse = commands.add_parser(
-        "analyse", help="the paper's analyses: spectra, memory, speed, subspaces, forgetting, ablations"
-    )
-    kinds = analyse.add_subparsers(required=True, metavar="ANALYSIS")
-    _add_models(kinds)
-    _add_runs(kinds)
-    _add_pairs(kinds)
+    """Adds the command."""
+    text = "the analyses of the paper: spectra, memory, speed, subspaces, forgetting, ablations"
+    analyses = commands.add_parser("analyse", help=text).add_subparsers(required=True, metavar="ANALYSIS")
+    _add_models(analyses)
+    _add_runs(analyses)
+    _add_pairs(analyses)

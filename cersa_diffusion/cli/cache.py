@@ -1,4 +1,4 @@
-"""`cersa cache`: where the decompositions are kept, and how much they take."""
+"""`cersa cache`: shows the folders and sizes of the caches, or empties them."""
 
 import argparse
 
@@ -20,7 +20,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def add_cache(commands) -> None:
-    """Adds the command to the others."""
-    parser = commands.add_parser("cache", help="the decomposition cache: where it is and how big, or empty it")
+    """Adds the command."""
+    parser = commands.add_parser("cache", help="show the folder and size of the decomposition cache, or empty it")
     parser.add_argument("action", choices=["info", "clear"])
     parser.set_defaults(run=_cache)

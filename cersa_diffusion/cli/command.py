@@ -1,4 +1,4 @@
-"""The `cersa` command: plan the memory of a training run, factor checkpoints, look into adapter files, take them elsewhere."""
+"""The `cersa` command: plans the memory of a training run, compresses checkpoints, and inspects and exports adapter files."""
 
 import argparse
 import sys
@@ -16,12 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `cersa` command."""
     parser = argparse.ArgumentParser(prog="cersa", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    add_plan(commands)
-    add_compress(commands)
-    add_adapter_commands(commands)
-    add_analyse(commands)
-    add_doctor(commands)
-    add_cache(commands)
+    for add in (add_plan, add_compress, add_adapter_commands, add_analyse, add_doctor, add_cache):
+        add(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

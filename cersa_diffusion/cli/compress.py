@@ -1,4 +1,4 @@
-"""`cersa compress`: a checkpoint in factored form."""
+"""`cersa compress`: writes a checkpoint in factored form."""
 
 import argparse
 from dataclasses import fields, replace
@@ -13,7 +13,7 @@ from cersa_diffusion.families.names import default_targets
 def _compress(arguments: argparse.Namespace) -> None:
     config = CersaConfig(alpha=arguments.alpha, unprofitable=arguments.unprofitable)
     if arguments.components:
-        # What the trainer trains of a component is what is factored of it.
+        # The layers that the trainer trains by default are factored.
         config = {name: replace(config, target_modules=default_targets(name)) for name in arguments.components}
     report = compress(
         arguments.model,
@@ -28,16 +28,18 @@ def _compress(arguments: argparse.Namespace) -> None:
 
 
 def add_compress(commands) -> None:
-    """Adds the command to the others."""
+    """Adds the command."""
     help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
-    parser = commands.add_parser("compress", help="write a checkpoint in factored form: loading it needs no decomposition")
-    parser.add_argument("model", help="a pipeline or model: a folder, or a pipeline's id on the hub")
+    parser = commands.add_parser("compress", help="write a checkpoint in factored form, which loads without a decomposition")
+    parser.add_argument("model", help="folder of a pipeline or model, or hub id of a pipeline")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
     parser.add_argument("--unprofitable", choices=["factor", "skip"], default="factor", help=help_texts["unprofitable"])
     parser.add_argument("--components", nargs="+", metavar="NAME", help="unet, text_encoder, ... (default: the denoiser)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage (default: as the checkpoint has it)")
-    parser.add_argument("--device", help="where to decompose (default: cpu)")
-    parser.add_argument("--revision", help="of a model on the hub")
-    parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="stored dtype (default: as in the checkpoint)"
+    )
+    parser.add_argument("--device", help="device of the decomposition (default: cpu)")
+    parser.add_argument("--revision", help="revision of a model on the hub")
+    parser.add_argument("--variant", help="variant of the weight files, such as fp16")
     parser.set_defaults(run=_compress)

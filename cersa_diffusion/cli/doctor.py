@@ -1,4 +1,4 @@
-"""The command `cersa doctor` among the others; `cersa_doctor.command` gets there without importing this package."""
+"""Adds `cersa doctor` to the commands; `cersa_doctor.command` runs it without importing this package."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def add_doctor(commands) -> None:
-    """Adds the command to an argument parser's sub-parsers."""
+    """Adds the command."""
     doctor = commands.add_parser("doctor", help=HELP)
     add_arguments(doctor)
     doctor.set_defaults(run=_doctor)

@@ -1,4 +1,4 @@
-"""`cersa plan`: what methods cost in memory, before any training."""
+"""`cersa plan`: computes how much memory the methods need, before any training."""
 
 import argparse
 import json
@@ -14,21 +14,14 @@ from cersa_diffusion.pipelines.tokens import pipeline_tokens
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    # Imported here: the trainer and all it needs are slow to import, and the other commands do without.
+    # Imported here: diffusers is slow to import, and other commands do not need it.
     from cersa_diffusion.families.table import family_of
     from cersa_diffusion.pipelines.open import load_base
 
     pipeline = load_base(arguments.model)
     family = family_of(type(pipeline).__name__)
-    configs = {
-        component: CersaConfig(
-            alpha=arguments.alpha,
-            beta=arguments.beta,
-            memory_budget=arguments.memory_budget,
-            target_modules=targets,
-        )
-        for component, targets in family.trained.items()
-    }
+    options = {"alpha": arguments.alpha, "beta": arguments.beta, "memory_budget": arguments.memory_budget}
+    configs = {component: CersaConfig(target_modules=targets, **options) for component, targets in family.trained.items()}
     tokens = None
     if arguments.batch is not None or arguments.resolution is not None:
         tokens = pipeline_tokens(pipeline, 1 if arguments.batch is None else arguments.batch, arguments.resolution)
@@ -47,18 +40,18 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def add_plan(commands) -> None:
-    """Adds the command to the others."""
+    """Adds the command."""
     help_texts = {field.name: field.metadata["help"] for field in fields(CersaConfig)}
-    plan = commands.add_parser("plan", help="say what CERSA, LoRA and full fine-tuning cost in memory, before any training")
-    plan.add_argument("model", help="a Stable Diffusion or SDXL pipeline: a folder or a model id on the hub")
+    plan = commands.add_parser("plan", help="show how much memory CERSA, LoRA and full fine-tuning need, before any training")
+    plan.add_argument("model", help="folder or hub id of a Stable Diffusion or SDXL pipeline")
     plan.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
     plan.add_argument("--beta", type=float, help=help_texts["beta"])
     plan.add_argument("--memory_budget", metavar="SIZE", help=help_texts["memory_budget"])
     plan.add_argument("--rank", type=int, default=32, help="rank of LoRA")
-    plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="whose state is counted")
+    plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
     plan.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="compute dtype of training")
-    plan.add_argument("--format", choices=["table", "json", "markdown"], default="table", help="json is in bytes")
-    plan.add_argument("--plot", metavar="FILE", help="also draw ranks and compression against alpha into this picture")
+    plan.add_argument("--format", choices=["table", "json", "markdown"], default="table", help="format; json has sizes in bytes")
+    plan.add_argument("--plot", metavar="FILE", help="also plot the ranks, and compression against alpha, to this file")
     plan.add_argument("--batch", type=int, help="pictures per step: counts saved activations (default 1 with --resolution)")
     plan.add_argument("--resolution", type=int, help="size of the pictures in pixels (default with --batch: the model's own)")
     plan.set_defaults(run=_plan)

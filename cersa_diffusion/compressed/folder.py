@@ -1,4 +1,4 @@
-"""Compressed checkpoints: model folders that hold U, s and Vh instead of dense weights, and loading them.
+"""Compressed checkpoints: model folders that hold U, s and Vh instead of dense weights, and how they are loaded.
 
 docs/compressed-checkpoints.md describes the folder; `cersa_diffusion.compressed.write` writes it.
 """
@@ -32,15 +32,13 @@ _LIBRARIES = ("diffusers", "transformers")
 
 @dataclass(frozen=True)
 class FactoredLayer:
-    """What the description says of one layer.
+    """The entry of one layer in the description.
 
     Args:
-        m: outputs.
-        n: inputs.
+        m, n: outputs and inputs.
         k: kept rank.
         energy: share of the squared singular values that is kept.
-        s: leading singular values, and
-        entries: some entries of the dense weight: together the fingerprint by which adapters know their base.
+        s, entries: leading singular values and some entries of the dense weight; adapters recognise their base by them.
     """
 
     m: int
@@ -51,12 +49,12 @@ class FactoredLayer:
     entries: tuple[float, ...]
 
     @classmethod
-    def parse(cls, facts: dict) -> "FactoredLayer":
-        """From JSON; raises what the conversions raise."""
-        m, n, k = (int(facts[name]) for name in "mnk")
+    def parse(cls, entry: dict) -> "FactoredLayer":
+        """The layer of an entry in JSON; errors of the conversions are not caught."""
+        m, n, k = (int(entry[name]) for name in "mnk")
         if not 1 <= k <= min(m, n):
             raise ValueError(f"k = {k}")
-        return cls(m, n, k, float(facts["energy"]), *(tuple(map(float, facts[name])) for name in ("s", "entries")))
+        return cls(m, n, k, float(entry["energy"]), *(tuple(map(float, entry[name])) for name in ("s", "entries")))
 
 
 def load_compressed(
@@ -67,23 +65,23 @@ def load_compressed(
     revision: str | None = None,
     **pipeline_kwargs,
 ):
-    """Loads what `cersa_diffusion.compressed.write` wrote, without a decomposition and without dense weights.
+    """Loads a checkpoint that `cersa_diffusion.compressed.write` wrote, without a decomposition and without dense weights.
 
-    Factors stay memory-mapped where they are stored in the dtype that is asked for and the model stays on the CPU.
+    Factors stay memory-mapped if they are stored in the requested dtype and the model stays on the CPU.
 
     Args:
         name_or_path: a compressed pipeline or model folder, or a model id on the hub.
         dtype: compute dtype; singular values stay float32.
-        device: where the model goes; default: the CPU.
-        revision: of a model on the hub.
+        device: device of the model; default: the CPU.
+        revision: revision of a model on the hub.
         pipeline_kwargs: passed to `diffusers.DiffusionPipeline.from_pretrained`.
 
     Returns:
-        The pipeline, or the model, in eval mode, with `CersaLinear` layers and no adapters yet. Adapters of the same base and
-        energy share load on top; `cersa_diffusion.add_adapter` adds one to train.
+        The pipeline or the model in eval mode, with `CersaLinear` layers and without adapters. Adapters of the same base and
+        energy share can be loaded into it; `cersa_diffusion.add_adapter` adds an adapter for training.
 
     Raises:
-        ConfigError: no such folder or model, or not a compressed one.
+        ConfigError: the folder or model does not exist or is not compressed.
         AdapterFormatError: the folder is damaged, or a newer release wrote it.
     """
     folder = local_folder(name_or_path, revision)
@@ -91,13 +89,13 @@ def load_compressed(
         model = _load_model(folder, *model_class(folder), dtype)
         return model.to(device) if device is not None else model
     if not (folder / PIPELINE_INDEX).is_file():
-        raise ConfigError(f"{folder}: neither {DESCRIPTION_NAME} nor {PIPELINE_INDEX} in it, expected a folder by cersa.compress")
+        raise ConfigError(f"{folder} holds no {DESCRIPTION_NAME} and no {PIPELINE_INDEX}, expected a folder that compress wrote")
     index = read_index(folder)
     compressed = [name for name in index if (folder / name / DESCRIPTION_NAME).is_file()]
     if not compressed:
         raise ConfigError(f"{folder}: no component is compressed: load it with DiffusionPipeline.from_pretrained")
     components = {name: _load_model(folder / name, *pipeline_entry(index, name, folder), dtype) for name in compressed}
-    # Imported here: a model of transformers alone needs no diffusers.
+    # Imported here: a single model of transformers does not need diffusers.
     from diffusers import DiffusionPipeline
 
     variant = read_description(folder / compressed[0])[1].get("variant")
@@ -105,16 +103,15 @@ def load_compressed(
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
     except OSError as error:
-        reason = one_line(error)
-        raise ConfigError(f"{folder}: cannot be loaded from safetensors ({reason}); pickles are not read") from error
+        raise ConfigError(f"{folder} cannot be loaded from safetensors ({one_line(error)}); pickles are not read") from error
     return pipeline.to(device) if device is not None else pipeline
 
 
 def model_class(folder: Path) -> tuple[str, str]:
-    """Library and class name of a model folder.
+    """Library and class name of the model in a folder.
 
     Raises:
-        ConfigError: not a diffusers or transformers model.
+        ConfigError: the folder holds no diffusers or transformers model.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -122,46 +119,46 @@ def model_class(folder: Path) -> tuple[str, str]:
         return "diffusers", config["_class_name"]
     if config.get("architectures"):
         return "transformers", config["architectures"][0]
-    raise ConfigError(f"{folder}: neither {PIPELINE_INDEX} nor a config.json that names a class, expected a pipeline or a model")
+    raise ConfigError(f"{folder} holds no {PIPELINE_INDEX} and no config.json with a class, expected a pipeline or a model")
 
 
 def pipeline_entry(index: dict, component: str, folder: Path) -> tuple[str, str]:
     """Library and class name of a component of a pipeline.
 
     Raises:
-        ConfigError: there is no such component, or its class is not of diffusers or transformers.
+        ConfigError: the component does not exist, or its class is not from diffusers or transformers.
     """
     entry = index.get(component)
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in _LIBRARIES:
         models = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] in _LIBRARIES]
-        raise ConfigError(f"{folder}: no component {component!r} of diffusers or transformers, it has {models}")
+        raise ConfigError(f"{folder} has no component {component!r} from diffusers or transformers, it has {models}")
     return entry[0], entry[1]
 
 
 def find_class(folder: Path, library: str, class_name: str) -> type[nn.Module]:
-    """The class of models that a model folder names.
+    """The model class that a model folder names.
 
     Raises:
-        ConfigError: the installed library has no such class, or it is not one of models.
+        ConfigError: the installed library has no such class, or it is not a model class.
     """
     module = import_module(library)
     cls = getattr(module, str(class_name), None)
     base = module.ModelMixin if library == "diffusers" else module.PreTrainedModel
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise ConfigError(
-            f"{folder}: {library} {module.__version__} has no class of models {class_name!r} (a {base.__name__}): install the "
-            "release it needs"
+            f"{folder}: {library} {module.__version__} has no model class {class_name!r} (a subclass of {base.__name__}): "
+            f"install a release of {library} that has it"
         )
     return cls
 
 
 def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
-    """The model of a folder with its parameters on the meta device and its buffers in place.
+    """The model of a folder, with parameters on the meta device and buffers on the CPU.
 
     Raises:
         ConfigError: the installed library has no such class, or cannot build it from the configuration.
     """
-    # Imported here: only the library that is needed, and accelerate takes its time.
+    # Imported here: accelerate is slow to import.
     from accelerate import init_empty_weights
 
     cls = find_class(folder, library, class_name)
@@ -175,79 +172,81 @@ def skeleton(folder: Path, library: str, class_name: str) -> nn.Module:
         if library == "transformers":
             model.tie_weights()
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder}: its config.json does not make a {class_name} ({error})") from error
+        raise ConfigError(f"{folder}: no {class_name} can be built from its config.json ({error})") from error
     return model.eval()
 
 
 def stored_name(name: str, model: nn.Module, stored: Iterable[str]) -> str | None:
-    """What a layer or tensor of a model is called in a checkpoint, or None when it is not there; or the other way round.
+    """Translates the name of a layer or tensor in a model to its name in a checkpoint, or the reverse; None if it is not there.
 
-    Checkpoints of CLIP text models and of models with a head carry a prefix more or less, by release of transformers, which also
-    renames modules of some architectures (a ViT's, for one) while it loads them.
+    The names in checkpoints of CLIP text models and of models with a head may lack a prefix or have an additional one, depending
+    on the release of transformers. transformers also renames modules of some architectures (e.g. ViT) when it loads them.
     """
-    found = _with_a_prefix(name, model, stored)
-    if found is None and hasattr(model, "base_model_prefix"):
-        found = next((own for other in _renamed(name, model) if (own := _with_a_prefix(other, model, stored))), None)
-    return found
+    key = _with_or_without_prefix(name, model, stored)
+    if key is None and hasattr(model, "base_model_prefix"):
+        keys = (_with_or_without_prefix(renamed, model, stored) for renamed in _renamed(name, model))
+        key = next(filter(None, keys), None)
+    return key
 
 
-def _with_a_prefix(name: str, model: nn.Module, stored: Iterable[str]) -> str | None:
+def _with_or_without_prefix(name: str, model: nn.Module, stored: Iterable[str]) -> str | None:
     prefixes = {"text_model.", f"{getattr(model, 'base_model_prefix', '') or 'text_model'}."}
     candidates = [name, *(prefix + name for prefix in prefixes), *(name.removeprefix(prefix) for prefix in prefixes)]
     return next((candidate for candidate in candidates if candidate in stored), None)
 
 
 def _renamed(name: str, model: nn.Module) -> tuple[str, str]:
-    """A name in files as transformers has it in the model, and a name in the model as it has it in files."""
+    """The name in the model of a name in files, and the name in files of a name in the model, according to transformers."""
     rename_source_key, prefix_change, weight_renaming = RENAME_SOURCE_KEY.get(), PREFIX_CHANGE.get(), WEIGHT_RENAMING.get()
-    changes = [own for own in CONVERSION_MAPPING.get()(model, add_legacy=False) if not isinstance(own, prefix_change)]
-    renamings = [own for own in changes if isinstance(own, weight_renaming)]
-    back = [own.reverse_transform() for own in reversed(renamings)]
+    conversions = CONVERSION_MAPPING.get()(model, add_legacy=False)
+    renamings = [item for item in conversions if isinstance(item, weight_renaming) and not isinstance(item, prefix_change)]
+    back = [renaming.reverse_transform() for renaming in reversed(renamings)]
     return rename_source_key(name, renamings, [])[0], rename_source_key(name, back, [], reverse=True)[0]
 
 
 def read_index(folder: Path) -> dict:
-    """The `model_index.json` of a pipeline folder.
+    """Reads the `model_index.json` of a pipeline folder.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     try:
         return dict(json.loads((folder / PIPELINE_INDEX).read_text()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{folder / PIPELINE_INDEX}: not the index of a pipeline: copy or download it again") from error
+        raise ConfigError(f"{folder / PIPELINE_INDEX} is not the index of a pipeline: copy or download it again") from error
 
 
 def write_description(folder: Path, layers: dict[str, FactoredLayer], config: dict, source: dict) -> None:
-    """Writes what `read_description` reads.
+    """Writes the description that `read_description` reads.
 
     Args:
         folder: the compressed model.
-        layers: by name in the checkpoint.
+        layers: name in the checkpoint -> entry.
         config: settings (`CersaConfig.to_dict`).
         source: the dense checkpoint ("name_or_path", "revision", "variant").
     """
-    facts = {name: asdict(layer) for name, layer in layers.items()}
-    description = {"format_version": FORMAT_VERSION, "config": config, "source": source, "layers": facts}
+    entries = {name: asdict(layer) for name, layer in layers.items()}
+    description = {"format_version": FORMAT_VERSION, "config": config, "source": source, "layers": entries}
     (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def read_description(folder: Path) -> tuple[dict[str, FactoredLayer], dict]:
-    """What a compressed model says of its layers, and of the checkpoint that it was made from.
+    """The description of a compressed model: its layers, and the checkpoint that it was made from.
 
     Raises:
-        AdapterFormatError: damaged, or of another version.
+        AdapterFormatError: the description is damaged or has another version.
     """
     path = folder / DESCRIPTION_NAME
     try:
         description = json.loads(path.read_text())
         version, source = description["format_version"], dict(description["source"])
-        layers = {name: FactoredLayer.parse(facts) for name, facts in description["layers"].items()}
+        layers = {name: FactoredLayer.parse(entry) for name, entry in description["layers"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: damaged, it describes no compressed model: copy or download it again") from error
+        raise AdapterFormatError(f"{path} is damaged, it describes no compressed model: copy or download it again") from error
     if version != FORMAT_VERSION:
-        expected = f"this release reads {FORMAT_VERSION}: update cersa-diffusion"
-        raise AdapterFormatError(f"{path}: format version {version!r}, {expected}")
+        raise AdapterFormatError(
+            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}: update cersa-diffusion"
+        )
     return layers, source
 
 
@@ -256,37 +255,41 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype)
     model = skeleton(folder, library, class_name)
     modules = dict(model.named_modules())
     factored = {}
-    for stored, facts in layers.items():
+    for stored, entry in layers.items():
         name = stored_name(stored, model, modules)
         linear = modules.get(name)
-        if not can_be_factored(linear) or (linear.out_features, linear.in_features) != (facts.m, facts.n):
-            raise AdapterFormatError(f"{folder}: layer {stored} ({facts.m} x {facts.n}) is no linear layer of {class_name}")
+        if not can_be_factored(linear) or (linear.out_features, linear.in_features) != (entry.m, entry.n):
+            raise AdapterFormatError(f"{folder}: layer {stored} ({entry.m} x {entry.n}) is not a linear layer of {class_name}")
         with torch.device("meta"):
-            shape = Decomposition(torch.empty(facts.m, facts.k), torch.empty(facts.k), torch.empty(facts.k, facts.n))
-        layer = CersaLinear(shape, facts.k, linear.bias, dtype)
-        layer.base_entries, layer.is_base = facts.entries, True
+            empty = Decomposition(torch.empty(entry.m, entry.k), torch.empty(entry.k), torch.empty(entry.k, entry.n))
+        layer = CersaLinear(empty, entry.k, linear.bias, dtype)
+        layer.base_entries, layer.is_base = entry.entries, True
         replace_module(model, name, layer)
-        factored[f"{name}.s"] = facts
+        factored[f"{name}.s"] = entry
     try:
         state = _read_state(folder / WEIGHTS_NAME, model, set(factored), dtype)
-        for name, facts in factored.items():
-            if tuple(state[name][: len(facts.s)].tolist()) != facts.s:
-                what = f"layer {name.removesuffix('.s')} and its description differ"
-                raise AdapterFormatError(f"{folder}: {what}: these are files of two checkpoints, compress it again")
+        for name, entry in factored.items():
+            if tuple(state[name][: len(entry.s)].tolist()) != entry.s:
+                raise AdapterFormatError(
+                    f"{folder}: layer {name.removesuffix('.s')} does not match its description, the files are from two "
+                    "different checkpoints: compress it again"
+                )
         model.load_state_dict(state, strict=False, assign=True)
     except (safetensors.SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise AdapterFormatError(f"{folder / WEIGHTS_NAME}: damaged or of another model ({error}): compress it again") from error
+        raise AdapterFormatError(
+            f"{folder / WEIGHTS_NAME} is damaged or belongs to another model ({error}): compress it again"
+        ) from error
     if library == "transformers":
         model.tie_weights()
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
-        raise AdapterFormatError(f"{folder / WEIGHTS_NAME}: lacks {len(missing)} tensors, e.g. {missing[:3]}: compress it again")
+        raise AdapterFormatError(f"{folder / WEIGHTS_NAME} lacks {len(missing)} tensors, e.g. {missing[:3]}: compress it again")
     return model
 
 
 def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a model under the model's names; without copies where nothing is to be converted."""
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Tensors by their names in the model; a tensor is copied only if its dtype changes."""
+    float32_modules = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     state = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
@@ -295,7 +298,7 @@ def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: 
             if key is None:
                 continue
             tensor = file.get_tensor(key)
-            if name in singular_values or any(part in name.split(".") for part in kept):
+            if name in singular_values or any(part in name.split(".") for part in float32_modules):
                 tensor = tensor.float()
             elif tensor.is_floating_point():
                 tensor = tensor.to(dtype)
@@ -303,11 +306,13 @@ def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: 
     return state
 
 
-def local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
-    """A folder as it is, or the snapshot of a model on the hub.
+def local_folder(name_or_path: str | os.PathLike, revision: str | None, *, pipeline_options: dict | None = None) -> Path:
+    """The path of a local folder, or of the downloaded snapshot of a model on the hub.
+
+    With `pipeline_options`, those of `DiffusionPipeline.download`, the snapshot has only the files that this pipeline needs.
 
     Raises:
-        ConfigError: no such folder, and not to be had from the hub.
+        ConfigError: there is no such folder, and the model was not found on the hub.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -319,7 +324,12 @@ def local_folder(name_or_path: str | os.PathLike, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name_or_path), revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if pipeline_options is None:
+            return Path(snapshot_download(str(name_or_path), revision=revision))
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(str(name_or_path), revision=revision, **pipeline_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        what = "" if pipeline_options is None else " as a pipeline"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{name_or_path}: no such folder, and not to be had from the hub ({reason})") from error
+        raise ConfigError(f"{name_or_path}: no such folder, and it was not found on the hub{what} ({reason})") from error

@@ -1,6 +1,7 @@
-"""safetensors files written and read tensor by tensor, so that a checkpoint need not fit into memory."""
+"""Writes and reads safetensors files tensor by tensor: a checkpoint may be larger than the memory."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -27,13 +28,13 @@ DTYPES = {
 
 
 class TensorFileWriter:
-    """Writes a safetensors file whose tensors come one at a time and need not be known beforehand.
+    """Writes a safetensors file one tensor at a time; the tensors need not be known in advance.
 
-    The library's own writer wants all tensors at once. Here they go to a temporary file per item size, which `finish` joins
-    behind the header, widest first, so that every tensor is aligned.
+    The writer of safetensors takes all tensors at once. This class appends each tensor to a temporary file for its item size.
+    `finish` writes the header and joins these files, the largest item size first, so that every tensor is aligned.
 
     Args:
-        path: the file; appears with `finish`.
+        path: the file; `finish` creates it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -45,7 +46,7 @@ class TensorFileWriter:
         """Appends a tensor.
 
         Raises:
-            ConfigError: a dtype that is not written.
+            ConfigError: the dtype is not supported.
         """
         if tensor.dtype not in DTYPES:
             raise ConfigError(f"tensor {name} has dtype {tensor.dtype}, expected one of {[str(dtype) for dtype in DTYPES]}")
@@ -64,10 +65,8 @@ class TensorFileWriter:
             self._bodies[size].close()
         header: dict = {"__metadata__": {"format": "pt"}}
         for name, (dtype, shape, size, position) in sorted(self._entries.items(), key=lambda entry: (-entry[1][2], entry[1][3])):
-            start, count = starts[size] + position, size
-            for extent in shape:
-                count *= extent
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + count]}
+            start = starts[size] + position
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size * math.prod(shape)]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         with open(self.path, "wb") as file:
@@ -78,7 +77,7 @@ class TensorFileWriter:
         self.close()
 
     def close(self) -> None:
-        """Removes the temporary files; without `finish` nothing is left."""
+        """Removes the temporary files. Before `finish` no other file exists."""
         for size, body in self._bodies.items():
             body.close()
             self._body_path(size).unlink(missing_ok=True)
@@ -89,53 +88,50 @@ class TensorFileWriter:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, memory-mapped; the mapping ends with the tensor."""
+    """One tensor of a safetensors file, memory-mapped as long as the tensor exists."""
     with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def tensor_places(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """Where the tensors of a diffusers or transformers model folder are.
+    """Finds the tensors of a diffusers or transformers model folder: tensor name -> file.
 
     Args:
-        folder: a model folder, with one safetensors file or with several and an index.
-        variant: of the file names ("fp16").
-
-    Returns:
-        Tensor name -> file.
+        folder: a model folder, with one safetensors file, or with several and an index.
+        variant: variant in the file names ("fp16").
 
     Raises:
-        ConfigError: no safetensors weights, or an index that does not fit its files; the message says what to do.
+        ConfigError: there are no safetensors weights, or the index does not match its files.
     """
     infix = f".{variant}" if variant else ""
     for stem in ("diffusion_pytorch_model", "model"):
         single, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
         if single.is_file():
-            return dict.fromkeys(_names(single), single)
+            return dict.fromkeys(_tensor_names(single), single)
         if index.is_file():
             return _from_index(index)
-    found = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.iterdir())
     raise ConfigError(
-        f"{folder}: no weights in safetensors{f' of variant {variant!r}' if variant else ''}, it holds {found}: "
-        "save the model with save_pretrained(..., safe_serialization=True), or name the right variant"
+        f"{folder} has no safetensors weights{f' of variant {variant!r}' if variant else ''}, it holds {files}: "
+        "save the model with save_pretrained(..., safe_serialization=True), or set the right variant"
     )
 
 
 def _from_index(index: Path) -> dict[str, Path]:
     try:
-        places = {name: index.with_name(Path(file).name) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = {name: index.with_name(Path(file).name) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index}: not the index of a sharded checkpoint: copy or download it again") from error
-    present = {name for path in set(places.values()) for name in _names(path)}
-    missing = sorted(set(places) - present)
+        raise ConfigError(f"{index} is not the index of a sharded checkpoint: copy or download it again") from error
+    present = {name for path in set(files.values()) for name in _tensor_names(path)}
+    missing = sorted(set(files) - present)
     if missing:
         raise ConfigError(f"{index}: {len(missing)} tensors are in none of its files, e.g. {missing[:3]}: download it again")
-    return places
+    return files
 
 
-def _names(path: Path) -> list[str]:
+def _tensor_names(path: Path) -> list[str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (safetensors.SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable safetensors file ({error}): copy or download it again") from error
+        raise ConfigError(f"{path} is not a readable safetensors file ({error}): copy or download it again") from error

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in factored form, tensor by tensor: later loads need no decomposition, and never the dense weights."""
+"""Writes a checkpoint in factored form, tensor by tensor: to load it, neither a decomposition nor dense weights are needed."""
 
 import contextlib
 import os
@@ -17,6 +17,7 @@ from cersa_diffusion.compressed.folder import (
     PIPELINE_INDEX,
     WEIGHTS_NAME,
     FactoredLayer,
+    local_folder,
     model_class,
     pipeline_entry,
     read_index,
@@ -28,9 +29,9 @@ from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor, te
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.families.names import DENOISERS
-from cersa_diffusion.files import NEITHER, flush, flush_tree, is_hub_id
+from cersa_diffusion.files import flush, flush_tree
 from cersa_diffusion.functional import kept_energy
-from cersa_diffusion.layers.model import check_untied, match_targets
+from cersa_diffusion.layers.model import DECOMPOSABLE, check_untied, match_targets
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.fingerprint import SINGULAR_VALUES, base_entries
@@ -40,14 +41,13 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress` did; ``str()`` is one line.
+    """The result of `compress`; ``str()`` is one line.
 
     Attributes:
-        layers: "component.layer name" -> kept rank, of the layers that are factored.
-        skipped: names of the target layers that were left dense (`unprofitable="skip"`).
-        dense_bytes: of the weights of the components that hold them, before.
-        stored_bytes: of the same components, after.
-        seconds: time it took.
+        layers: "component.layer name" -> kept rank, for the factored layers.
+        skipped: names of the target layers that stay dense (`unprofitable="skip"`).
+        dense_bytes, stored_bytes: size of the weight files of the compressed components, before and after.
+        seconds: duration.
     """
 
     layers: dict[str, int]
@@ -57,7 +57,7 @@ class CompressionReport:
     seconds: float
 
     def __str__(self) -> str:
-        skipped = f", {len(self.skipped)} left dense" if self.skipped else ""
+        skipped = f", {len(self.skipped)} layers stay dense" if self.skipped else ""
         return (
             f"{len(self.layers)} layers factored in {self.seconds:.1f} s{skipped}: "
             f"{self.dense_bytes / 1e6:.1f} MB -> {self.stored_bytes / 1e6:.1f} MB"
@@ -66,7 +66,7 @@ class CompressionReport:
 
 @dataclass(frozen=True)
 class _Component:
-    """One model to compress: where it is, what it is, and how."""
+    """One model to compress, and the settings for it."""
 
     name: str
     folder: Path
@@ -77,10 +77,10 @@ class _Component:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where all tensors of a component are, and which of them are weights to decompose: layer name on disk -> shape."""
+    """The files of all tensors of a component, and the weights to decompose: layer name in the checkpoint -> shape."""
 
     component: _Component
-    places: dict[str, Path]
+    files: dict[str, Path]
     targets: dict[str, tuple[int, int]]
 
 
@@ -98,34 +98,31 @@ def compress(
 ) -> CompressionReport:
     """Writes a checkpoint in factored form, which `cersa_diffusion.load_compressed` reads.
 
-    Weights are read, decomposed and written tensor by tensor; a few layers (one for each worker thread) are in memory at a
-    time. All or nothing: the folder appears when it is complete.
+    Weights are read, decomposed and written tensor by tensor; only a few layers (one per worker thread) are in memory at the
+    same time. The folder appears only when it is complete.
 
     Args:
-        model: a diffusers pipeline folder, a folder of one diffusers or transformers model, or a model id on the hub; its
-            weights as safetensors.
-        output_dir: a folder that does not exist yet, or is empty.
+        model: a diffusers pipeline folder, a folder of one diffusers or transformers model, or a model id on the hub, with
+            safetensors weights.
+        output_dir: a folder that does not exist yet or is empty.
         alpha: share of energy that is kept in all linear layers of the denoiser (or of the single model).
-        config: settings instead, for the denoiser (or single model), or by component of a pipeline. What is trained later
-            (beta, core, block) is not decided here.
-        dtype: storage dtype of bases and other floating tensors of the compressed components; default: as the checkpoint has it.
-            Singular values are float32.
-        device: where to decompose; default: the CPU.
-        revision: of a model on the hub.
-        variant: of the weight files ("fp16").
+        config: settings in the place of `alpha`, for the denoiser (or the single model), or by component of a pipeline. The
+            settings of later training (beta, core, block) have no effect here.
+        dtype: storage dtype of bases and other floating-point tensors of the compressed components; default: the dtype in the
+            checkpoint. Singular values are float32.
+        device: device of the decomposition; default: the CPU.
+        revision: revision of a model on the hub.
+        variant: variant of the weight files ("fp16").
         show_progress: show a bar with layer names and remaining time.
 
-    Returns:
-        Ranks and sizes.
-
     Raises:
-        ConfigError: no such model, a setting that cannot be used, a target that shares its weight, or a folder that is in use.
+        ConfigError: no such model, a setting cannot be used, a target layer shares its weight, or `output_dir` is in use.
         NonFiniteError: NaN or infinity in a weight.
     """
     start, output_dir = time.perf_counter(), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConfigError(f"output_dir {output_dir} is in use: name a folder that does not exist yet, or an empty one")
-    source = _local(model, revision, variant)
+        raise ConfigError(f"output_dir {output_dir} is in use: choose a folder that does not exist yet or is empty")
+    source = local_folder(model, revision, pipeline_options={"variant": variant, "use_safetensors": True})
     plans = [_plan(component, variant) for component in _components(source, _settings(alpha, config))]
     origin = {"name_or_path": str(model), "revision": revision, "variant": variant}
     layers, skipped = {}, []
@@ -133,28 +130,29 @@ def compress(
         _copy_rest(source, folder, {plan.component.folder for plan in plans})
         for plan in plans:
             target = folder / plan.component.folder.relative_to(source)
-            facts = _write_model(plan, target, dtype, device, show_progress)
-            write_description(target, facts, plan.component.config.to_dict(), origin)
-            label = f"{plan.component.name}." if plan.component.name else ""
-            layers |= {label + name: own.k for name, own in facts.items()}
-            skipped += [label + name for name in plan.targets if name not in facts]
+            factored = _write_model(plan, target, dtype, device, show_progress)
+            write_description(target, factored, plan.component.config.to_dict(), origin)
+            prefix = f"{plan.component.name}." if plan.component.name else ""
+            layers |= {prefix + name: layer.k for name, layer in factored.items()}
+            skipped += [prefix + name for name in plan.targets if name not in factored]
         stored = sum((folder / plan.component.folder.relative_to(source) / WEIGHTS_NAME).stat().st_size for plan in plans)
-    dense = sum(path.stat().st_size for plan in plans for path in set(plan.places.values()))
+    dense = sum(path.stat().st_size for plan in plans for path in set(plan.files.values()))
     return CompressionReport(layers, skipped, dense, stored, time.perf_counter() - start)
 
 
 def _settings(alpha: float | None, config: CersaConfig | Mapping[str, CersaConfig] | None) -> dict[str | None, CersaConfig]:
-    """By component; None stands for the denoiser or the single model."""
+    """Component -> settings; None stands for the denoiser or the single model."""
     if config is None:
         config = CersaConfig() if alpha is None else CersaConfig(alpha=alpha)
     elif alpha is not None:
-        raise ConfigError(f"alpha = {alpha} and config both say what is kept: leave one of them out")
+        raise ConfigError(f"alpha = {alpha} and config both decide what is kept: leave one of them out")
     settings = {None: config} if isinstance(config, CersaConfig) else dict(config)
-    for name, own in settings.items():
-        if own.residual != "drop" or own.memory_budget is not None:
+    for name, component_config in settings.items():
+        residual, memory_budget = component_config.residual, component_config.memory_budget
+        if residual != "drop" or memory_budget is not None:
             raise ConfigError(
-                f"{name or 'config'}: residual={own.residual!r}, memory_budget={own.memory_budget!r}: "
-                "compress drops the residual, and takes its ranks from alpha or rank"
+                f"{name or 'config'}: {residual=}, {memory_budget=}, expected 'drop' and None: compress drops the residual, "
+                "and takes the ranks from alpha or rank"
             )
     return settings
 
@@ -162,7 +160,7 @@ def _settings(alpha: float | None, config: CersaConfig | Mapping[str, CersaConfi
 def _components(source: Path, settings: dict[str | None, CersaConfig]) -> list[_Component]:
     if not (source / PIPELINE_INDEX).is_file():
         if list(settings) != [None]:
-            raise ConfigError(f"{source}: a single model, and settings for the components {sorted(settings)}: give one config")
+            raise ConfigError(f"{source} is a single model, but config has components {sorted(settings)}: pass one CersaConfig")
         return [_Component("", source, *model_class(source), settings[None])]
     index = read_index(source)
     components = []
@@ -174,43 +172,43 @@ def _components(source: Path, settings: dict[str | None, CersaConfig]) -> list[_
 
 
 def _plan(component: _Component, variant: str | None) -> _Plan:
-    """Checks all that can be known before a weight is read."""
+    """Makes all checks that are possible before a weight is read."""
     if (component.folder / DESCRIPTION_NAME).is_file():
         raise ConfigError(f"{component.folder} is compressed already: start from the dense checkpoint")
-    places = tensor_places(component.folder, variant)
+    files = tensor_places(component.folder, variant)
     model = skeleton(component.folder, component.library, component.class_name)
     layers = match_targets(model, component.config.target_modules, component.config.exclude_modules)
     check_untied(model, layers)
     targets = {}
     for name, linear in layers.items():
-        key = stored_name(f"{name}.weight", model, places)
+        key = stored_name(f"{name}.weight", model, files)
         if key is None:
             raise ConfigError(f"{component.folder}: the checkpoint has no weight of layer {name}: add it to exclude_modules")
         targets[key.removesuffix(".weight")] = (linear.out_features, linear.in_features)
-    return _Plan(component, places, targets)
+    return _Plan(component, files, targets)
 
 
 def _write_model(
     plan: _Plan, folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, show_progress: bool
 ) -> dict[str, FactoredLayer]:
-    """Writes the weights of a component; returns what the description says of each factored layer."""
-    writer, config, facts = TensorFileWriter(folder / WEIGHTS_NAME), plan.component.config, {}
+    """Writes the weights of a component; returns the entries of the factored layers for the description."""
+    writer, config, factored = TensorFileWriter(folder / WEIGHTS_NAME), plan.component.config, {}
 
     def converted(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def job(name: str, shape: tuple[int, int]) -> LayerJob:
         label = f"{plan.component.name}.{name}" if plan.component.name else name
-        path = plan.places[f"{name}.weight"]
+        path = plan.files[f"{name}.weight"]
         return LayerJob(label, shape, lambda: _read_weight(path, name, shape).to(device or "cpu"), config.kept_rank)
 
     with contextlib.closing(writer):
-        for name, path in plan.places.items():
+        for name, path in plan.files.items():
             if name.removesuffix(".weight") not in plan.targets or not name.endswith(".weight"):
                 writer.add(name, converted(read_tensor(path, name)))
         with decompose_layers([job(*target) for target in plan.targets.items()], show_progress=show_progress) as decomposed:
             for (name, shape), (_, factors) in zip(plan.targets.items(), decomposed, strict=True):
-                path, ranks = plan.places[f"{name}.weight"], config.layer_ranks(factors.s)
+                path, ranks = plan.files[f"{name}.weight"], config.layer_ranks(factors.s)
                 weight = read_tensor(path, f"{name}.weight")
                 if config.unprofitable == "skip" and not is_profitable(*shape, ranks, config):
                     writer.add(f"{name}.weight", converted(weight))
@@ -220,17 +218,17 @@ def _write_model(
                     writer.add(f"{name}.{part}", tensor.to(dtype or weight.dtype))
                 writer.add(f"{name}.s", s)
                 energy, leading = kept_energy(factors.s, ranks.kept), tuple(s[:SINGULAR_VALUES].tolist())
-                facts[name] = FactoredLayer(*shape, ranks.kept, energy, leading, base_entries(weight))
+                factored[name] = FactoredLayer(*shape, ranks.kept, energy, leading, base_entries(weight))
         writer.finish()
-    return facts
+    return factored
 
 
 def _read_weight(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     weight = read_tensor(path, f"{name}.weight")
-    if tuple(weight.shape) != shape or weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if tuple(weight.shape) != shape or weight.dtype not in DECOMPOSABLE:
         raise ConfigError(
-            f"{path}: layer {name} is {tuple(weight.shape)} of {weight.dtype}, expected {shape} of a floating dtype of at least "
-            "16 bits: the checkpoint is quantised, or does not fit its config.json"
+            f"{path}: layer {name} has shape {tuple(weight.shape)} and dtype {weight.dtype}, expected {shape} and a "
+            "floating-point dtype of at least 16 bits: the checkpoint is quantised or does not match its config.json"
         )
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{path}: layer {name} holds NaN or infinity: this checkpoint is damaged")
@@ -238,11 +236,11 @@ def _read_weight(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def _copy_rest(source: Path, folder: Path, compressed: set[Path]) -> None:
-    """Copies everything but the dense weights of the compressed components, in whatever form."""
+    """Copies everything except the dense weights, in any format, of the compressed components."""
 
     def left_out(directory: str, names: list[str]) -> list[str]:
         here = Path(directory)
-        dense = here in compressed or here == source  # single-file checkpoints lie beside the components
+        dense = here in compressed or here == source  # single-file checkpoints are in the folder of the pipeline
         return [name for name in names if name.startswith(".") or (dense and _is_weights(here / name))]
 
     shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
@@ -254,7 +252,7 @@ def _is_weights(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _replaced_when_complete(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder that takes its name when the block ends well, and goes when it does not."""
+    """Yields a temporary folder: it is renamed to `output_dir` when the block ends, and removed when the block fails."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -265,20 +263,3 @@ def _replaced_when_complete(output_dir: Path) -> Iterator[Path]:
         flush(output_dir.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _local(model: str | os.PathLike, revision: str | None, variant: str | None) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if not is_hub_id(str(model)):
-        raise ConfigError(f"{model}: {NEITHER}")
-    # Imported here: only hub ids need it.
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(DiffusionPipeline.download(str(model), revision=revision, variant=variant, use_safetensors=True))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{model}: no such folder, and not to be had from the hub as a pipeline ({reason})") from error

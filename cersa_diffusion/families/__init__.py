@@ -1,1 +1,1 @@
-"""The families of pipelines that can be trained, one file each. `names` and `base` work without diffusers."""
+"""The families of pipelines that can be trained, one file each. Only `names` and `base` can be imported without diffusers."""

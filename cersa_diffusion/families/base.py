@@ -1,4 +1,4 @@
-"""What training, planning and opening need to know of a family of pipelines."""
+"""The interface of a family of pipelines, for training, memory planning and loading."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ class Family(ABC):
 
     Attributes:
         pipeline_class: its class in diffusers.
-        denoiser: name of the component that takes the noise away.
+        denoiser: name of the component that removes the noise.
         text_encoders: names of its text encoders.
-        objective: what the denoiser learns, a key of `cersa_diffusion.training.run.objectives.OBJECTIVES`.
-        script: what trains it.
-        loading: what `from_pretrained` is given beside the path.
+        objective: training objective of the denoiser, a key of `cersa_diffusion.training.run.objectives.OBJECTIVES`.
+        script: name of the training script.
+        loading: additional arguments of `from_pretrained`.
     """
 
     pipeline_class: "type[DiffusionPipeline]"
@@ -36,102 +36,72 @@ class Family(ABC):
 
     @property
     def trained(self) -> dict[str, str | list[str]]:
-        """Component -> the layers that are trained by default, as `match_targets` takes them."""
+        """Component -> the layers that are trained by default, in the form of `match_targets`."""
         return {name: default_targets(name) for name in (self.denoiser, *self.text_encoders)}
 
     def components(self, pipeline: "DiffusionPipeline", *, text_encoders: bool = True) -> dict[str, nn.Module]:
-        """The denoiser and the text encoders of a pipeline by name.
-
-        Args:
-            pipeline: of this family.
-            text_encoders: whether they are wanted.
-        """
+        """Name -> model, for the denoiser and (with `text_encoders`) the text encoders of a pipeline."""
         names = (self.denoiser, *(self.text_encoders if text_encoders else ()))
         return {name: getattr(pipeline, name) for name in names}
 
     @abstractmethod
     def check(self, pipeline: "DiffusionPipeline") -> str | None:
-        """What keeps a pipeline of this class from being trained, or None.
-
-        Args:
-            pipeline: as `from_pretrained` returned it.
-        """
+        """The reason why a loaded pipeline of this class cannot be trained, or None."""
 
     @abstractmethod
     def encode(self, pipeline: "DiffusionPipeline", prompts: Sequence[str], models: Mapping[str, nn.Module]) -> list[Conditions]:
-        """What the text encoders give for prompts: for each prompt tensors without a batch dimension.
+        """Encodes prompts with the text encoders; the tensors of each prompt have no batch dimension.
 
         Args:
-            pipeline: its tokenizers are used, and those of its text encoders that are not in `models`.
+            pipeline: gives the tokenizers, and the text encoders that are not in `models`.
             prompts: the prompts.
-            models: the models that are trained, by name, as accelerate prepared them.
+            models: name -> trained model, as accelerate prepared it.
         """
 
     def collate(self, captions: Sequence[Conditions]) -> Conditions:
-        """The conditions of a batch.
-
-        Args:
-            captions: of `encode`, one for each picture.
-        """
+        """Joins the results of `encode` for the pictures of a batch."""
         return {name: torch.stack([caption[name] for caption in captions]) for name in captions[0]}
 
     @abstractmethod
     def pixels_per_latent(self, pipeline: "DiffusionPipeline") -> int:
-        """How many pixels a latent has on each side."""
+        """The number of pixels on each side of a latent."""
 
     @abstractmethod
     def native_resolution(self, pipeline: "DiffusionPipeline") -> int:
-        """Width and height in pixels of the pictures that the denoiser was made for."""
+        """The width and height in pixels of the pictures that the denoiser was trained on."""
 
     @abstractmethod
     def latent_shape(self, pipeline: "DiffusionPipeline", resolution: int) -> tuple[int, ...]:
-        """Shape of the latents of one square picture.
-
-        Args:
-            pipeline: of this family.
-            resolution: width and height in pixels.
-        """
+        """The shape of the latents of one square picture, `resolution` pixels wide and high."""
 
     @abstractmethod
     def posterior(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pictures, as the autoencoder gives them.
+        """Mean and standard deviation of the latents of pictures, from the encoder of the VAE.
 
         Args:
-            vae: the autoencoder.
-            pixels: (b, 3, h, w) from -1 to 1, on its device and in its dtype.
+            vae: the VAE.
+            pixels: (b, 3, h, w) from -1 to 1, with the device and dtype of the VAE.
         """
 
     @abstractmethod
     def normalise(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Latents as the denoiser knows them, float32.
-
-        Args:
-            vae: the autoencoder they come from.
-            latents: drawn from `posterior`.
-        """
+        """Scales latents that were drawn from `posterior` to the range of the denoiser; float32."""
 
     @abstractmethod
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures of latents, (b, 3, h, w) float32 from -1 to 1.
+        """Decodes latents in the range of the denoiser to pictures, (b, 3, h, w) float32 from -1 to 1.
 
-        In the autoencoder's own dtype, whatever autocast or the denoiser's dtype say: SDXL's overflows in float16.
-
-        Args:
-            vae: the autoencoder.
-            latents: as the denoiser has them.
+        The VAE computes in its own dtype, whatever the dtypes of autocast and denoiser are: the VAE of SDXL overflows in float16.
         """
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor) -> Tensor:
-        """What the denoiser says of noisy latents.
+        """The prediction of the denoiser, with the shape of `noisy`.
 
         Args:
-            denoiser: the model, as accelerate prepared it where it is trained.
-            noisy: (b, ...) latents in the denoiser's dtype.
+            denoiser: the model; if it is trained, as accelerate prepared it.
+            noisy: (b, ...) noisy latents in the dtype of the denoiser.
             timesteps: (b,) integers.
-            conditions: of `collate`.
+            conditions: the result of `collate`.
             sizes: (b, 6) original height and width, top and left of the crop, target height and width, in pixels.
-
-        Returns:
-            As `noisy`.
         """

@@ -1,10 +1,10 @@
-"""The names that the components of pipelines have, in diffusers and in other tools."""
+"""Names of the components of pipelines, in diffusers and in other programs."""
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-# The linear layers of the attention of CLIP and T5, as the paper trains them.
+# The linear layers of the attention in CLIP and T5, which the paper trains.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-# What kohya's keys begin with; where there are two text encoders the first one is te1.
+# Prefixes of kohya's keys; in a pipeline with two text encoders the first one is te1.
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 
@@ -14,12 +14,5 @@ def is_text_encoder(component: str) -> bool:
 
 
 def default_targets(component: str) -> str | list[str]:
-    """Which layers of a component are trained, unless others are asked for.
-
-    Args:
-        component: name in the pipeline.
-
-    Returns:
-        As `match_targets` takes it: all linear layers of a denoiser, the attention of a text encoder.
-    """
+    """The layers of a component that are trained by default: all linear layers of a denoiser, the attention of a text encoder."""
     return list(ATTENTION) if is_text_encoder(component) else "all-linear"

@@ -1,4 +1,4 @@
-"""SDXL: a UNet that is given the states of two text encoders, the pooled output of the second, and the sizes of the picture."""
+"""SDXL: a UNet with the hidden states of two text encoders, the pooled output of the second, and the sizes of the picture."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from cersa_diffusion.families.stable_diffusion import StableDiffusion, token_ids
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL (Podell et al., arXiv 2307.01952): the last but one hidden states of both text encoders, side by side."""
+    """SDXL (Podell et al., arXiv 2307.01952): the penultimate hidden states of both text encoders are concatenated."""
 
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
@@ -23,7 +23,7 @@ class StableDiffusionXL(StableDiffusion):
             ids = token_ids(tokenizer, prompts, text_encoder.device)
             output = models.get(name, text_encoder)(ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
-        # The pooled output is that of the second encoder, the one with a projection.
+        # `output` is now that of the second encoder, which has a projection and so a pooled output.
         rows = zip(torch.cat(states, dim=-1).unbind(), output.text_embeds.unbind(), strict=True)
         return [{"states": row, "pooled": pooled} for row, pooled in rows]
 

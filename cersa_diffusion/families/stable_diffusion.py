@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that is given the last hidden states of one text encoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet with the last hidden states of one text encoder."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -25,10 +25,10 @@ class StableDiffusion(Family):
     def check(self, pipeline):
         channels = pipeline.unet.config.in_channels
         if channels != pipeline.vae.config.latent_channels:
-            return f"its UNet takes {channels} channels (inpainting?)"
+            return f"its UNet has {channels} input channels (inpainting?), expected {pipeline.vae.config.latent_channels}"
         prediction_type = pipeline.scheduler.config.prediction_type
         if prediction_type not in PREDICTION_TYPES:
-            return f"prediction_type {prediction_type!r}, expected {' or '.join(PREDICTION_TYPES)}"
+            return f"its prediction_type is {prediction_type!r}, expected {' or '.join(PREDICTION_TYPES)}"
         return None
 
     def encode(self, pipeline, prompts, models):
@@ -62,7 +62,7 @@ class StableDiffusion(Family):
 
 
 def token_ids(tokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """(prompts, length) token ids, padded or cut to the length that the text encoder takes."""
+    """(prompts, length) token ids, padded or truncated to the length of the text encoder."""
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True, "return_tensors": "pt"}
     return tokenizer(list(prompts), **options).input_ids.to(device)
 

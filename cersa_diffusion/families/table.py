@@ -1,4 +1,4 @@
-"""The families by the class of their pipeline. A new family is a file of its own and a line here."""
+"""The families by pipeline class. A new family needs its own file and an entry here."""
 
 from cersa_diffusion.families.base import Family
 from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
@@ -8,5 +8,5 @@ FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 
 
 def family_of(class_name: str) -> Family | None:
-    """The family that a pipeline class, as `model_index.json` names it, belongs to."""
+    """The family of a pipeline class, whose name is in `model_index.json`; None if there is no such family."""
     return {family.pipeline_class.__name__: family for family in FAMILIES}.get(class_name)

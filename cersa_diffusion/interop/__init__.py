@@ -1,1 +1,1 @@
-"""Ways out: files that other programs read."""
+"""Exports: files that other programs read."""

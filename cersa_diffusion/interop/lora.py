@@ -1,9 +1,9 @@
-"""Exporting an adapter as a LoRA file, for programs that know no CERSA.
+"""Exports an adapter as a LoRA file, for programs without CERSA.
 
-The change of a layer, ``U D Vh``, is a product of thin matrices already: with the singular value decomposition ``D = P S Q^T`` of
-the small core, ``lora_B = U P sqrt(S)`` and ``lora_A = sqrt(S) Q^T Vh`` give it exactly, and their leading columns the best
-approximation of a lower rank. What a LoRA cannot say is that CERSA drops the rest of the weight: exact on the truncated base, the
-file is used on the original one. How much that matters is measured, not guessed.
+The change of a layer is a product of thin matrices, ``U D Vh``. With the singular value decomposition ``D = P S Q^T`` of the
+small core, ``lora_B = U P sqrt(S)`` and ``lora_A = sqrt(S) Q^T Vh`` give it exactly, and their leading columns give the best
+approximation of a lower rank. A LoRA cannot express that CERSA drops the rest of the weight: the file is exact on the truncated
+base, but is used on the original base. The export measures the difference.
 """
 
 import json
@@ -27,6 +27,7 @@ from cersa_diffusion.inject import restore_base
 from cersa_diffusion.interop.lora_difference import OutputDifference, captured_inputs, output_differences
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import cersa_layers, components_of
+from cersa_diffusion.memory.plan import layer_kind
 from cersa_diffusion.pipelines.methods import pipeline_components
 from cersa_diffusion.pipelines.open import base_pipeline
 
@@ -35,7 +36,7 @@ Format = Literal["diffusers", "kohya"]
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """One exported layer: "component.module", the rank its change really has room for, and the share of energy in the file."""
+    """One exported layer: "component.module", the rank of its core, and the energy of its change in the file and in total."""
 
     name: str
     core_rank: int
@@ -45,15 +46,14 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What an export did; ``str()`` is a table.
+    """The result of an export; ``str()`` is a table.
 
     Attributes:
-        path: the file.
+        path, size_bytes: the file and its size.
         format: key convention.
-        rank: the one rank of all layers.
-        size_bytes: of the file.
+        rank: rank of all layers.
         layers: the exported layers.
-        differences: component -> relative difference of its output to that of the CERSA model; empty when nothing was measured.
+        differences: component -> relative difference of its output to that of the CERSA model; empty if not measured.
     """
 
     path: Path
@@ -65,23 +65,22 @@ class LoraExport:
 
     @property
     def energy(self) -> float:
-        """Share of the squared energy of all weight changes together that is in the file."""
+        """Share of the squared energy of all weight changes that is in the file."""
         return _share(self.layers)
 
     def energy_by_kind(self) -> dict[str, float]:
-        """The same for every kind of layer ("unet to_q")."""
-        kinds = defaultdict(list)
+        """The same share for every kind of layer ("unet to_q")."""
+        layers_by_kind = defaultdict(list)
         for layer in self.layers:
-            parts = layer.name.split(".")
-            kinds[f"{parts[0]} {'.'.join(parts[-2:]) if parts[-1].isdigit() else parts[-1]}"].append(layer)
-        return {kind: _share(layers) for kind, layers in sorted(kinds.items())}
+            layers_by_kind[f"{layer.name.partition('.')[0]} {layer_kind(layer.name)}"].append(layer)
+        return {kind: _share(layers) for kind, layers in sorted(layers_by_kind.items())}
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.layers)} layers, rank {self.rank}, {self.size_bytes / 2**20:.1f} MiB ({self.format})"]
         lines.append(f"energy of the weight changes kept: {self.energy:.2%}")
         lines += [f"  {kind}: {energy:.2%}" for kind, energy in self.energy_by_kind().items()]
         for component, difference in self.differences.items():
-            lines.append(f"{component}, relative difference of the output to the CERSA model's: {difference}")
+            lines.append(f"{component}, relative difference of its output to that of the CERSA model: {difference}")
         if not self.differences:
             lines.append("output differences: not measured (no pipeline and no inputs were given)")
         return "\n".join(lines)
@@ -103,21 +102,22 @@ def export_lora(
     Args:
         model_or_file: a pipeline, an injected model, its components by name, or an adapter file (path or content).
         path: safetensors file to write.
-        rank: of all layers alike (loaders mis-scale mixed ranks): changes of a higher rank are cut, those of a lower are padded
-            with zeros.
+        rank: rank of all layers, because loaders scale mixed ranks incorrectly: a change of a higher rank is truncated, one of a
+            lower rank is padded with zeros.
         format: "diffusers" (PEFT keys and metadata) or "kohya" (ComfyUI, Forge, A1111, InvokeAI; UNet pipelines only).
-        dtype: of the file.
-        base: for a file: what to decompose, as a pipeline, a model, components, or the folder or hub id of a pipeline; it is
-            left as it was. A file only says which one it is, and is not believed: name it.
-        inputs: component -> (arguments, keyword arguments) of a forward pass, to measure output differences with; default: what
-            the components are given when the pipeline draws `prompt`.
+        dtype: dtype of the tensors in the file.
+        base: for an adapter file: its base, as a pipeline, a model, components, or the folder or hub id of a pipeline. The base
+            is not changed. The base that the file names is not loaded.
+        inputs: component -> (arguments, keyword arguments) of the forward pass in which the outputs are compared; default: the
+            first inputs of the components when the pipeline draws `prompt`.
         prompt: see `inputs`.
 
     Returns:
-        What was kept, and the measured output differences on the original base (how the file will be used) and the truncated one.
+        The energy that was kept, and the output differences on the original base (where the file will be used) and the
+        truncated base.
 
     Raises:
-        ConfigError: no active adapter, a rank below 1, or a format that cannot say it; nothing is written.
+        ConfigError: no adapter is active, `rank` is below 1, or the format has no keys for a component; nothing is written.
         NonFiniteError: the change holds NaN or infinity; nothing is written.
     """
     if rank < 1:
@@ -130,7 +130,7 @@ def export_lora(
     source = base_pipeline(adapter, base) if base is None or isinstance(base, str | os.PathLike) else base
     components = _components(source)
     if any(cersa_layers(model) for model in components.values()):
-        raise ConfigError("base carries an adapter already: export that, or give a base without")
+        raise ConfigError("base has an adapter already: export that adapter, or pass a base without adapters")
     load_adapter(components, adapter, adapter_name="export", show_progress=False)
     try:
         return _export(source, components, Path(path), rank, format, dtype, inputs, prompt)
@@ -152,8 +152,8 @@ def _export(source, components, path: Path, rank: int, format: Format, dtype, in
     if inputs is None and hasattr(source, "components"):
         inputs = captured_inputs(source, components, prompt)
     differences = output_differences(components, factors, inputs or {})
-    keys = _diffusers_file(components, factors, rank) if format == "diffusers" else _kohya_file(components, factors, rank)
-    content = safetensors_bytes(*keys)
+    file_of_format = {"diffusers": _diffusers_file, "kohya": _kohya_file}[format]
+    content = safetensors_bytes(*file_of_format(components, factors, rank))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
@@ -164,7 +164,7 @@ def _lora_factors(key: str, layer: CersaLinear, rank: int, dtype: torch.dtype) -
     core, offset = layer.active_core()
     core = float64(torch.diag(core) if core.ndim == 1 else core)
     if not torch.isfinite(core).all():
-        raise NonFiniteError(f"layer {key}: its change holds NaN or infinity (training diverged?), nothing was written")
+        raise NonFiniteError(f"layer {key}: the change holds NaN or infinity (training diverged?), nothing was written")
     region = slice(offset, offset + len(core))
     P, S, Q = torch.linalg.svd(core)
     kept = min(rank, len(S))
@@ -181,19 +181,18 @@ def _share(layers: list[LoraLayer]) -> float:
 
 
 def _diffusers_file(components, factors, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    # Imported here: only this format needs it, and it is slow to import.
+    # Imported here: peft is slow to import, and only this format needs it.
     from peft import LoraConfig
 
-    tensors, facts = {}, {}
+    tensors, settings = {}, {}
+    for key, (up, down) in factors.items():
+        tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     for component in components:
-        own = {key.partition(".")[2]: pair for key, pair in factors.items() if key.partition(".")[0] == component}
-        for name, (up, down) in own.items():
-            tensors |= {f"{component}.{name}.lora_A.weight": down, f"{component}.{name}.lora_B.weight": up}
-        if own:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(own)).to_dict()
-            for name, value in config.items():
-                facts[f"{component}.{name}"] = sorted(value) if isinstance(value, set) else value
-    return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(facts, sort_keys=True)}
+        names = sorted(key.partition(".")[2] for key in factors if key.partition(".")[0] == component)
+        if names:
+            for name, value in LoraConfig(r=rank, lora_alpha=rank, target_modules=names).to_dict().items():
+                settings[f"{component}.{name}"] = sorted(value) if isinstance(value, set) else value
+    return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
 
 
 def _kohya_file(components, factors, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -212,8 +211,7 @@ def _kohya_file(components, factors, rank: int) -> tuple[dict[str, Tensor], dict
         stem = f"{prefixes[component]}_{name.replace('.', '_')}"
         tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
         tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=down.dtype)
-    facts = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    return tensors, facts
+    return tensors, {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
 
 
 def _components(source) -> dict[str, nn.Module]:

@@ -1,21 +1,20 @@
-"""What a LoRA made of an adapter does to the outputs of a model: real forward passes on the original and the truncated base."""
+"""Measures how far the outputs of a model with an exported LoRA differ from those with the CERSA adapter."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.functional import float64
-from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
-from cersa_diffusion.layers.model import cersa_layers, replace_module
+from cersa_diffusion.layers.model import cersa_layers
+from cersa_diffusion.pipelines.saving import dense_layers
 
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """``|y_lora - y_cersa| / |y_cersa|`` of a component's output; None on the original base where its weights were not kept."""
+    """``|y_lora - y_cersa| / |y_cersa|`` of the output of a component; `original` is None if the base weights were not kept."""
 
     original: float | None
     truncated: float
@@ -26,29 +25,28 @@ class OutputDifference:
 
 
 def captured_inputs(pipeline, components: Mapping[str, nn.Module], prompt: str) -> dict[str, tuple[tuple, dict]]:
-    """What the components are given first when the pipeline draws a prompt.
+    """Records the arguments of the first forward pass of each component while the pipeline draws a prompt.
 
     Args:
         pipeline: a text-to-image pipeline.
-        components: some of its models by name.
-        prompt: what to draw, in two steps, without decoding the picture.
+        components: name -> model, for the models to record.
+        prompt: prompt of the picture; it is drawn in two steps and not decoded.
 
     Returns:
-        Component -> positional and keyword arguments; components that do not run are left out.
+        Component -> positional and keyword arguments; components that do not run are missing.
     """
     inputs: dict[str, tuple[tuple, dict]] = {}
 
-    def note(name: str) -> Callable:
+    def recording_hook(name: str) -> Callable:
         return lambda _module, args, kwargs: inputs.setdefault(name, (args, kwargs)) and None
 
-    handles = [model.register_forward_pre_hook(note(name), with_kwargs=True) for name, model in components.items()]
-    quiet = dict(getattr(pipeline, "_progress_bar_config", {}))
+    handles = [model.register_forward_pre_hook(recording_hook(name), with_kwargs=True) for name, model in components.items()]
+    progress_config = dict(getattr(pipeline, "_progress_bar_config", {}))
     try:
-        pipeline.set_progress_bar_config(**(quiet | {"disable": True}))
-        generator = torch.Generator().manual_seed(0)
-        pipeline(prompt, num_inference_steps=2, output_type="latent", generator=generator)
+        pipeline.set_progress_bar_config(**(progress_config | {"disable": True}))
+        pipeline(prompt, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0))
     finally:
-        pipeline.set_progress_bar_config(**quiet)
+        pipeline.set_progress_bar_config(**progress_config)
         for handle in handles:
             handle.remove()
     return inputs
@@ -59,49 +57,39 @@ def output_differences(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     inputs: Mapping[str, tuple[tuple, dict]],
 ) -> dict[str, OutputDifference]:
-    """Runs every component that inputs are given for: as it is, and as plain layers with the LoRA added.
+    """Runs every component with inputs twice: with its CERSA adapter, and as dense layers with the LoRA.
 
     Args:
-        components: injected models by name; left as they are.
+        components: name -> model with CERSA layers; the models are not changed.
         factors: "component.layer" -> LoRA factors (m, rank) and (rank, n).
         inputs: component -> positional and keyword arguments.
     """
     differences = {}
     for component, (args, kwargs) in inputs.items():
-        model = components[component]
-        layers = cersa_layers(model)
-        changes = {name: factors.get(f"{component}.{name}") for name in layers}
-        if not any(changes.values()):
-            continue
-        expected = _output(model, args, kwargs)
-
-        def measure(weight: Callable[[CersaLinear], Tensor], model=model, changes=changes, args=args, kwargs=kwargs) -> Tensor:
-            with _plain(model, weight, changes):
-                return _output(model, args, kwargs)
-
-        kept = all(layer.dense_weight is not None for layer in layers.values())
-        original = measure(lambda layer: layer.dense_weight) if kept else None
-        truncated = measure(lambda layer: layer.effective_weight({}))
-        differences[component] = OutputDifference(
-            None if original is None else _difference(original, expected), _difference(truncated, expected)
-        )
+        changes = {name: factors.get(f"{component}.{name}") for name in cersa_layers(components[component])}
+        if any(changes.values()):
+            differences[component] = _output_difference(components[component], changes, args, kwargs)
     return differences
 
 
-@contextmanager
-def _plain(model: nn.Module, weight: Callable[[CersaLinear], Tensor], changes: Mapping[str, tuple | None]) -> Iterator[None]:
-    layers = cersa_layers(model)
-    try:
-        for name, layer in layers.items():
-            dense = float64(weight(layer)).to(layer.U.device)
+def _output_difference(model: nn.Module, changes: Mapping[str, tuple | None], args: tuple, kwargs: dict) -> OutputDifference:
+    layers, expected = cersa_layers(model), _output(model, args, kwargs)
+
+    def difference(base_weight: Callable[[CersaLinear], Tensor]) -> float:
+        def weight_with_lora(name: str, layer: CersaLinear) -> Tensor:
+            weight = float64(base_weight(layer)).to(layer.U.device)
             if changes[name]:
-                up, down = (float64(factor).to(dense.device) for factor in changes[name])
-                dense = dense + up @ down
-            replace_module(model, name, as_dense(layer, dense.to(layer.U)))
-        yield
-    finally:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
+                up, down = (float64(factor).to(weight.device) for factor in changes[name])
+                weight = weight + up @ down
+            return weight.to(layer.U)
+
+        with dense_layers(model, layers, weight_with_lora):
+            output = _output(model, args, kwargs)
+        return float((float64(output) - float64(expected)).norm() / float64(expected).norm().clamp_min(1e-30))
+
+    kept = all(layer.dense_weight is not None for layer in layers.values())
+    original = difference(lambda layer: layer.dense_weight) if kept else None
+    return OutputDifference(original, difference(lambda layer: layer.effective_weight({})))
 
 
 @torch.no_grad()
@@ -112,7 +100,3 @@ def _output(model: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     finally:
         model.train(training)
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((float64(found) - float64(expected)).norm() / float64(expected).norm().clamp_min(1e-30))

@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,24 +13,21 @@ from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
 from cersa_diffusion.layers.kinds import matrix_of
-from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, cersa_memory, is_profitable
+from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, LayerInput, cersa_memory, is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
 
-if TYPE_CHECKING:  # tokens imports the injection, which imports this
-    from cersa_diffusion.memory.cost import LayerInput
-
-# How the energies of several layers make one figure.
+# How the energies of several layers are combined into one number.
 Energy = Literal["product", "sum", "absolute"]
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """What rank selection needs to know about a target layer.
+    """What the selection of ranks needs to know about a target layer.
 
     Args:
         name: "component.layer name".
-        dense: shape, dtype and input.
+        dense: its shape, dtype and input.
         config: the settings of its component.
         spectrum: (p,) singular values, float64, descending.
     """
@@ -51,29 +48,29 @@ def survey(
     targets: Mapping[str, tuple[nn.Module, CersaConfig]],
     *,
     weight_dtype: torch.dtype | None = None,
-    tokens: Mapping[str, "LayerInput"] | None = None,
+    tokens: Mapping[str, LayerInput] | None = None,
     show_progress: bool = True,
 ) -> list[TargetLayer]:
-    """Decomposes the target layers, through the on-disk cache, where an injection finds them, and keeps their spectra.
+    """Decomposes the target layers and returns their spectra; the on-disk cache keeps the factors for a later injection.
 
     Args:
-        components: the models by name.
+        components: name -> model.
         targets: "component.layer name" -> layer and settings.
-        weight_dtype: compute dtype of training; None: the dtype that each layer has.
-        tokens: "component.layer name" -> what the layer is given per step; None: activations are left out.
+        weight_dtype: compute dtype of training; None: the current dtype of each layer.
+        tokens: "component.layer name" -> input of the layer in one step; None: activations are not counted.
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
-        ConfigError: a target has no tokens.
+        ConfigError: a target layer has no entry in `tokens`.
     """
     checkpoints = {component: Checkpoint.of(model) for component, model in components.items()}
     jobs = []
     for name, (linear, config) in targets.items():
         component, _, layer = name.partition(".")
-        # As an injection does it: from the weight on disk where that is more exact.
+        # The injection also decomposes the weight on disk where that is more exact.
         weight = matrix_of(linear)
         stored = checkpoints[component].find(layer, weight, finer_only=True)
-        # A budget may choose any rank: the cache gets all of the bases.
+        # A budget may choose any rank, so the cache keeps all singular vectors.
         jobs.append(LayerJob.of(name, weight, config.kept_rank if config.memory_budget is None else len, stored))
     dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
     with decompose_layers(jobs, show_progress=show_progress) as results:
@@ -81,16 +78,16 @@ def survey(
 
 
 def dense_layers(
-    linears: Mapping[str, nn.Module], weight_dtype: torch.dtype | None, tokens: Mapping[str, "LayerInput"] | None
+    linears: Mapping[str, nn.Module], weight_dtype: torch.dtype | None, tokens: Mapping[str, LayerInput] | None
 ) -> dict[str, DenseLayer]:
-    """What the arithmetic of memory needs to know of the target layers.
+    """What the memory formulas need to know about the target layers.
 
     Args:
         linears: "component.layer name" -> layer, in model order.
-        weight_dtype, tokens: as `survey`.
+        weight_dtype, tokens: see `survey`.
 
     Raises:
-        ConfigError: a target has no tokens.
+        ConfigError: a target layer has no entry in `tokens`.
     """
     sources: set[int | None] = set()
     return {name: _dense_layer(name, linear, weight_dtype, tokens, sources) for name, linear in linears.items()}
@@ -100,12 +97,15 @@ def _dense_layer(
     name: str,
     linear: nn.Module,
     weight_dtype: torch.dtype | None,
-    tokens: Mapping[str, "LayerInput"] | None,
+    tokens: Mapping[str, LayerInput] | None,
     sources: set[int | None],
 ) -> DenseLayer:
-    """`sources` holds the inputs that earlier target layers keep, and is added to."""
+    """`sources` holds the inputs that earlier target layers keep; the input of this layer is added to it."""
     if tokens is not None and name not in tokens:
-        raise ConfigError(f"tokens says nothing about layer {name}: count them with count_tokens, or add it (0 rows: not run)")
+        raise ConfigError(
+            f"tokens has no entry for layer {name}: count the tokens with count_tokens, or add the layer "
+            "(with 0 rows if it does not run)"
+        )
     rows, source = (0, None) if tokens is None else (tokens[name].rows, tokens[name].source)
     input_kept = source is not None and source in sources
     sources.add(source)
@@ -122,26 +122,26 @@ def untouched_bytes(
     trained: Collection[str] = (),
     optimizer: str = "adamw",
 ) -> dict[str, int]:
-    """Bytes of everything in a model but the target layers: "component.tensor name" -> bytes.
+    """Bytes of all tensors outside the target layers: "component.tensor name" -> bytes.
 
     Args:
-        components: the models by name; a tensor that several share counts once.
+        components: name -> model; a shared tensor counts once.
         targets: the target layers.
-        weight_dtype: compute dtype of training; None: the dtype that each tensor has.
-        trained: names of tensors that are trained as they are, in float32: gradient and optimizer state count. Others are frozen.
-        optimizer: whose state, a key of `OPTIMIZERS`.
+        weight_dtype: compute dtype of training; None: the current dtype of each tensor.
+        trained: names of tensors that are trained directly, in float32, with gradient and optimizer state. The others are frozen.
+        optimizer: a key of `OPTIMIZERS`.
     """
-    seen = {id(tensor) for layer in targets for tensor in layer.parameters()}
+    counted = {id(tensor) for layer in targets for tensor in layer.parameters()}
     sizes = {}
     for component, model in components.items():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if id(tensor) not in seen:
+            if id(tensor) not in counted:
                 dtype = weight_dtype if weight_dtype and tensor.is_floating_point() else tensor.dtype
                 size = tensor.numel() * dtype.itemsize
                 if f"{component}.{name}" in trained:
                     size = 2 * tensor.numel() * FLOAT32 + OPTIMIZERS[optimizer](*tensor.shape)
                 sizes[f"{component}.{name}"] = size
-                seen.add(id(tensor))
+                counted.add(id(tensor))
     return sizes
 
 
@@ -151,34 +151,33 @@ def select_ranks(
     *,
     optimizer: str = "adamw",
     weight_dtype: torch.dtype | None = None,
-    tokens: Mapping[str, "LayerInput"] | None = None,
+    tokens: Mapping[str, LayerInput] | None = None,
     also_trained: Collection[str] = (),
     show_progress: bool = True,
 ) -> list[tuple[TargetLayer, LayerRanks | None]]:
-    """The ranks of all target layers, by the rule of their settings or by the memory budget that they share.
+    """The ranks of all target layers, from the energy shares in their settings or from the memory budget that they share.
 
     Args:
-        components: the models by name.
-        targets: "component.layer name" -> layer and settings.
-        optimizer, weight_dtype, tokens, also_trained, show_progress: as `choose_ranks`.
+        components, targets: see `survey`.
+        optimizer, weight_dtype, tokens, also_trained, show_progress: see `choose_ranks`.
 
     Returns:
-        Every target layer with its ranks; None where it stays dense and frozen.
+        Every target layer with its ranks; None where the layer stays dense and frozen.
 
     Raises:
-        ConfigError: the budget cannot be met, or components name different ones.
+        ConfigError: the budget is too small, or the components have different budgets.
     """
     budget = _shared_budget(targets)
     layers = survey(components, targets, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress)
     if budget is None:
-        return [(layer, _by_rule(layer)) for layer in layers]
+        return [(layer, _ranks_from_settings(layer)) for layer in layers]
     linears = [linear for linear, _ in targets.values()]
     untouched = untouched_bytes(components, linears, weight_dtype, trained=also_trained, optimizer=optimizer)
     ranks = allocate(layers, untouched, budget, optimizer=optimizer)
     return [(layer, ranks[layer.name]) for layer in layers]
 
 
-def _by_rule(layer: TargetLayer) -> LayerRanks | None:
+def _ranks_from_settings(layer: TargetLayer) -> LayerRanks | None:
     config, ranks = layer.config, layer.config.layer_ranks(layer.spectrum)
     profitable = is_profitable(layer.dense.out_features, layer.dense.in_features, ranks, config)
     return ranks if profitable or config.unprofitable == "factor" else None
@@ -188,7 +187,7 @@ def _shared_budget(targets: Mapping[str, tuple[nn.Module, CersaConfig]]) -> int 
     budgets = {name.partition(".")[0]: config.memory_budget for name, (_, config) in targets.items()}
     sizes = {None if budget is None else parse_bytes(budget) for budget in budgets.values()}
     if len(sizes) > 1:
-        raise ConfigError(f"memory_budget differs between components ({budgets}): they share one, give the same to each")
+        raise ConfigError(f"memory_budget differs between the components ({budgets}): set the same memory_budget for all of them")
     return sizes.pop()
 
 
@@ -202,85 +201,85 @@ def allocate(
 ) -> dict[str, LayerRanks | None]:
     """The ranks that keep the most energy of all layers together within a budget.
 
-    Every target layer is factored and trained, with rank 1 at least: a layer that stays dense keeps all of its energy and costs
-    no gradients, so that a generous budget would otherwise train nothing. With ``unprofitable="skip"`` the solver has that choice
-    too, and takes it where it keeps more energy per byte than factoring.
+    Every target layer is factored and trained, with at least rank 1: a dense frozen layer keeps all of its energy and needs no
+    gradients, so a large budget would otherwise train nothing. With ``unprofitable="skip"`` a layer may also stay dense, where
+    that keeps more energy per byte than the factors.
 
     Args:
         layers: the target layers of all components.
-        untouched: what else takes memory, in bytes (see `untouched_bytes`).
-        budget: the most bytes that all of it may take in training.
+        untouched: name -> bytes of everything else in memory (see `untouched_bytes`).
+        budget: upper limit in bytes for everything together in training.
         optimizer: a key of `OPTIMIZERS`.
-        energy: what is made as large as possible: the "product" over all layers of the share of its own energy that each keeps,
-            the "sum" of these shares, or the "absolute" sum of squared singular values, where layers with large weights come
-            first. docs/memory-budget.md compares them: the product leaves the smallest error.
+        energy: what is maximised: the "product" or the "sum" over all layers of the share of its energy that a layer keeps, or
+            the "absolute" sum of squared singular values, which prefers layers with large weights. docs/memory-budget.md
+            compares them: the product leaves the smallest error.
 
     Returns:
         "component.layer name" -> ranks; None for a layer that stays dense and frozen.
 
     Raises:
-        ConfigError: the budget is smaller than what cannot be compressed; the message names the smallest possible.
+        ConfigError: the budget is too small for rank 1 in every layer; the message names the smallest possible budget.
     """
-    choices = [_choices(layer) for layer in layers]
-    costs = _costs(layers, choices, optimizer)
-    energies = [_energies(layer, own, energy) for layer, own in zip(layers, choices, strict=True)]
-    _check_smallest(layers, [int(own.min()) for own in costs], untouched, budget)
+    options = [_rank_options(layer) for layer in layers]
+    costs = _costs(layers, options, optimizer)
+    energies = [_energies(layer, ranks, energy) for layer, ranks in zip(layers, options, strict=True)]
+    _check_smallest(layers, [int(bytes_of_options.min()) for bytes_of_options in costs], untouched, budget)
     chosen = most_energy(costs, energies, budget - sum(untouched.values()))
-    return {layer.name: own[index] for layer, own, index in zip(layers, choices, chosen, strict=True)}
+    return {layer.name: ranks[index] for layer, ranks, index in zip(layers, options, chosen, strict=True)}
 
 
-def _choices(layer: TargetLayer) -> list[LayerRanks | None]:
-    # Not beyond the last component with energy: those of a rank-deficient matrix would be paid for and hold nothing.
+def _rank_options(layer: TargetLayer) -> list[LayerRanks | None]:
+    # Components without energy, as a rank-deficient matrix has them, would cost memory and keep nothing.
     useful = energy_rank(layer.spectrum, 1.0)
     most_trained = layer.config.core_rank(layer.spectrum, useful)
-    choices: list[LayerRanks | None] = [LayerRanks(kept, min(kept, most_trained)) for kept in range(1, useful + 1)]
-    return [*choices, None] if layer.config.unprofitable == "skip" else choices
+    options: list[LayerRanks | None] = [LayerRanks(kept, min(kept, most_trained)) for kept in range(1, useful + 1)]
+    return [*options, None] if layer.config.unprofitable == "skip" else options
 
 
-def _costs(layers: Sequence[TargetLayer], choices: list[list[LayerRanks | None]], optimizer: str) -> list[np.ndarray]:
+def _costs(layers: Sequence[TargetLayer], options: list[list[LayerRanks | None]], optimizer: str) -> list[np.ndarray]:
     def cost(layer: TargetLayer, ranks: LayerRanks | None) -> int:
         if ranks is None:
             return layer.dense.dense_bytes()
         return cersa_memory(layer.dense, ranks, layer.config, optimizer).total
 
-    # A large model has hundreds of layers of a few shapes.
-    known: dict[tuple, np.ndarray] = {}
+    # A large model has hundreds of layers but only a few shapes: equal layers are computed once.
+    computed: dict[tuple, np.ndarray] = {}
     costs = []
-    for layer, own in zip(layers, choices, strict=True):
-        alike = (layer.dense, id(layer.config), tuple(own))
-        if alike not in known:
-            known[alike] = np.array([cost(layer, ranks) for ranks in own])
-        costs.append(known[alike])
+    for layer, ranks_of_layer in zip(layers, options, strict=True):
+        key = (layer.dense, id(layer.config), tuple(ranks_of_layer))
+        if key not in computed:
+            computed[key] = np.array([cost(layer, ranks) for ranks in ranks_of_layer])
+        costs.append(computed[key])
     return costs
 
 
-def _energies(layer: TargetLayer, choices: list[LayerRanks | None], energy: Energy) -> np.ndarray:
+def _energies(layer: TargetLayer, options: list[LayerRanks | None], energy: Energy) -> np.ndarray:
     kept = float64(layer.spectrum).square().cumsum(0).cpu().numpy()
     if energy != "absolute":
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
     if energy == "product":
         kept = np.log(kept)
-    return np.array([kept[-1 if ranks is None else ranks.kept - 1] for ranks in choices])
+    return np.array([kept[-1 if ranks is None else ranks.kept - 1] for ranks in options])
 
 
 def most_energy(costs: Sequence[np.ndarray], energies: Sequence[np.ndarray], budget: int) -> list[int]:
-    """Chooses one option for every layer: greedy by energy per byte.
+    """Chooses one option for every layer with a greedy algorithm: the most energy per byte first.
 
-    Every layer starts at its cheapest option. Then, again and again, the layer goes on whose best next step brings the most
-    energy per byte, of those that still fit. A layer's best steps bring less and less per byte, whatever the shape of its costs
-    (they fall where 8-bit optimizer states set in, or where only beta is trained), so that this is the fractional optimum but for
-    the first step that does not fit: no choice within the budget keeps more than that one step more. For the same reason a larger
-    budget never keeps less.
+    Every layer starts with its cheapest option. Each step then takes, of the steps that still fit, the one with the most energy
+    per byte. The successive best steps of a layer gain less and less energy per byte, whatever the shape of its costs (which fall
+    where 8-bit optimizer states begin or where only beta is trained). The result is therefore the fractional optimum except for
+    the first step that does not fit: no choice within the budget keeps more than that one step in addition. For the same reason
+    a larger budget never keeps less.
 
     Args:
-        costs: (options,) bytes of every option, per layer.
-        energies: (options,) energy of every option, ascending, per layer.
-        budget: bytes, at least the sum of the cheapest options.
+        costs: per layer (options,) bytes of every option.
+        energies: per layer (options,) energy of every option, ascending.
+        budget: in bytes, at least the sum of the cheapest options.
 
     Returns:
-        The index of the option of every layer.
+        The index of the chosen option of every layer.
     """
-    # lexsort: by cost, and by most energy where costs are equal.
+    # lexsort sorts by cost; between equal costs the most energy comes first.
     chosen = [int(np.lexsort((-energy, cost))[0]) for cost, energy in zip(costs, energies, strict=True)]
     left = budget - sum(int(cost[index]) for cost, index in zip(costs, chosen, strict=True))
     steps: list[tuple[float, int, int]] = []
@@ -303,9 +302,9 @@ def most_energy(costs: Sequence[np.ndarray], energies: Sequence[np.ndarray], bud
 
 
 def _best_step(cost: np.ndarray, energy: np.ndarray, current: int, left: int) -> tuple[float, int] | None:
-    """Energy per byte and index of the best option above the current one that fits; the first of several equal ones."""
+    """Energy per byte and index of the best option above the current one that still fits; of equal options the first."""
     price, gain = cost[current + 1 :] - cost[current], energy[current + 1 :] - energy[current]
-    # More energy is never cheaper than what was chosen by energy per byte, so that no price here is zero.
+    # The current option was chosen by energy per byte, so an option with more energy costs more and no price here is zero.
     possible = np.flatnonzero((gain > 0) & (price <= left))
     if not len(possible):
         return None
@@ -322,8 +321,8 @@ def _check_smallest(layers: Sequence[TargetLayer], smallest: list[int], untouche
     sizes = {**untouched, **{layer.name: size for layer, size in zip(layers, smallest, strict=True)}}
     largest = sorted(sizes, key=sizes.get, reverse=True)[:5]
     raise ConfigError(
-        f"memory_budget is {budget} bytes ({_megabytes(budget)}), and the smallest possible is {least} ({_megabytes(least)}): "
-        f"{_megabytes(others)} that CERSA does not touch, {_megabytes(least - others)} for {len(layers)} layers at rank 1. "
+        f"memory_budget is {budget} bytes ({_megabytes(budget)}), but the smallest possible is {least} ({_megabytes(least)}): "
+        f"{_megabytes(others)} for what CERSA leaves alone and {_megabytes(least - others)} for {len(layers)} layers at rank 1. "
         f"Largest: {', '.join(f'{name} {_megabytes(sizes[name])}' for name in largest)}. "
         "Raise the budget, or train in a smaller dtype"
     )

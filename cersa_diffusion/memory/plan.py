@@ -1,4 +1,4 @@
-"""The memory plan: what CERSA, LoRA and full fine-tuning of the same layers cost, told before any memory is spent."""
+"""The memory plan: how much memory CERSA, LoRA and full fine-tuning of the same layers need, computed before any training."""
 
 import statistics
 from collections.abc import Collection, Mapping
@@ -25,14 +25,13 @@ class LayerPlan:
     Args:
         name: "component.layer name".
         kind: see `layer_kind`.
-        out_features: m.
-        in_features: n.
-        kept_rank: k; all where the layer stays dense.
-        core_rank: r; 0 where the layer stays dense.
-        kept_energy: share of squared-singular-value energy that CERSA keeps: the alpha that k amounts to.
-        unprofitable: factors and core hold no fewer numbers than the dense weight.
-        factored: False where CERSA leaves the layer dense and frozen for that reason (`unprofitable="skip"`).
-        memory: what each method costs: "cersa", "lora", "full".
+        out_features, in_features: m and n.
+        kept_rank: k; the full rank if the layer stays dense.
+        core_rank: r; 0 if the layer stays dense.
+        kept_energy: share of squared-singular-value energy that CERSA keeps, i.e. the alpha that corresponds to k.
+        unprofitable: factors and core hold at least as many numbers as the dense weight.
+        factored: False if CERSA leaves the layer dense and frozen for that reason (`unprofitable="skip"`).
+        memory: method ("cersa", "lora", "full") -> memory.
     """
 
     name: str
@@ -48,27 +47,26 @@ class LayerPlan:
 
     @property
     def component(self) -> str:
-        """The component of the model it belongs to."""
+        """The component that the layer belongs to."""
         return self.name.partition(".")[0]
 
     def to_dict(self) -> dict:
         """The row as plain values for JSON."""
-        memory = {method: use.to_dict() for method, use in self.memory.items()}
-        return asdict(self) | {"memory": memory}
+        return asdict(self) | {"memory": {method: use.to_dict() for method, use in self.memory.items()}}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What three methods would cost on the same layers; ``str()`` is a table.
+    """The memory of three methods on the same layers; ``str()`` is a table.
 
     Args:
         layers: one row per target layer, in model order.
-        untouched: bytes of all other parameters and buffers by method.
-        lora_rank: the rank that LoRA is counted with.
+        untouched: method -> bytes of all other parameters and buffers.
+        lora_rank: rank of LoRA.
         optimizer: a key of `OPTIMIZERS`.
-        weight_dtype: the compute dtype, or None for that of the model as it was given.
-        activations_counted: whether rows of input were given; without them activations are zero.
-        memory_budget: bytes that "cersa" may take in the whole model and that chose the ranks, or None.
+        weight_dtype: the compute dtype; None: the dtype of the model.
+        activations_counted: whether the rows of input are known; without them activations are zero.
+        memory_budget: the budget in bytes for "cersa" in the whole model if it decided the ranks, else None.
         spectra: layer name -> all singular values, for plots.
     """
 
@@ -82,24 +80,24 @@ class MemoryPlan:
     spectra: dict[str, Tensor] = field(repr=False, compare=False)
 
     def totals(self) -> dict[str, dict[str, MemoryUse]]:
-        """Bytes by method of the "target_layers" and of the "whole_model", which adds what no method touches."""
+        """Memory by method of the "target_layers" and of the "whole_model", which includes what no method changes."""
         targets = {method: sum((layer.memory[method] for layer in self.layers), MemoryUse()) for method in METHODS}
         whole = {method: use + MemoryUse(frozen=self.untouched[method]) for method, use in targets.items()}
         return {"target_layers": targets, "whole_model": whole}
 
     def by_kind(self) -> dict[str, list[LayerPlan]]:
-        """The layers of every "component kind"."""
-        kinds: dict[str, list[LayerPlan]] = {}
+        """The layers of each kind: "component kind" -> layers."""
+        layers_by_kind: dict[str, list[LayerPlan]] = {}
         for layer in self.layers:
-            kinds.setdefault(f"{layer.component} {layer.kind}", []).append(layer)
-        return kinds
+            layers_by_kind.setdefault(f"{layer.component} {layer.kind}", []).append(layer)
+        return layers_by_kind
 
     def alpha_by_kind(self) -> dict[str, dict[str, float]]:
-        """Per "component kind": "mean", "lowest" and "highest" share of the energy that CERSA keeps in a layer."""
-        kinds = {kind: [layer.kept_energy for layer in layers] for kind, layers in self.by_kind().items()}
+        """The shares of energy that CERSA keeps in the layers of each kind: "mean", "lowest" and "highest"."""
+        shares_by_kind = {kind: [layer.kept_energy for layer in layers] for kind, layers in self.by_kind().items()}
         return {
             kind: {"mean": statistics.fmean(shares), "lowest": min(shares), "highest": max(shares)}
-            for kind, shares in kinds.items()
+            for kind, shares in shares_by_kind.items()
         }
 
     def to_dict(self) -> dict:
@@ -118,7 +116,7 @@ class MemoryPlan:
 
     @property
     def dtype_name(self) -> str:
-        """The compute dtype in words."""
+        """The name of the compute dtype."""
         return "as loaded" if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
 
     def to_markdown(self) -> str:
@@ -130,7 +128,7 @@ class MemoryPlan:
 
 
 def layer_kind(name: str) -> str:
-    """What kind of layer a name stands for: its last part, a number together with the part before ("to_q", "to_out.0")."""
+    """The kind of a layer: the last part of its name, or the last two if the last one is a number ("to_q", "to_out.0")."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
@@ -145,24 +143,22 @@ def plan_memory(
     tokens: Mapping[str, LayerInput] | None = None,
     show_progress: bool = True,
 ) -> MemoryPlan:
-    """Counts, before any training, what CERSA, LoRA and full fine-tuning of the same layers keep in memory.
+    """Computes, before any training, how much memory CERSA, LoRA and full fine-tuning of the same layers need.
 
-    The model is left as it is. Decompositions go through the on-disk cache, where a following injection finds them.
+    The model is not changed. The on-disk cache keeps the decompositions for a later injection.
 
     Args:
-        model: any torch model that is still dense, or the components of a pipeline by name.
-        config: energy shares and targets, for all components or by component.
+        model: any dense torch model, or the components of a pipeline by name.
+        config: settings for all components, or by component.
         lora_rank: rank of LoRA.
         optimizer: "adamw", "adamw8bit", "adafactor" or "sgd" (see `OPTIMIZERS`).
-        weight_dtype: compute dtype of training; None: the dtype that each layer has.
-        tokens: "component.layer name" -> what the layer is given per step (see `count_tokens`); None: activations are left out.
+        weight_dtype: compute dtype of training; None: the current dtype of each layer.
+        tokens: "component.layer name" -> input of the layer in one step (see `count_tokens`); None: activations are not counted.
         show_progress: show a bar while layers are decomposed.
 
-    Returns:
-        The plan, sizes in bytes.
-
     Raises:
-        ConfigError: a setting is unknown, components and settings differ, a target has no tokens or cannot be decomposed.
+        ConfigError: a setting is unknown, `config` has other components than the model, or a target layer has no entry in
+            `tokens` or cannot be decomposed.
         NonFiniteError: NaN or infinity in a weight.
     """
     if lora_rank < 1:
@@ -195,37 +191,28 @@ def choose_ranks(
     also_trained: Collection[str] = (),
     show_progress: bool = True,
 ) -> dict[str, dict[str, LayerRanks | None]]:
-    """The ranks that the settings come to, layer by layer; the components of a pipeline share one memory budget.
+    """The ranks of every layer according to the settings; the components of a pipeline share one memory budget.
 
-    They are those of `plan_memory` with the same arguments. `inject_cersa` takes a component's: ``ranks=chosen[component]``.
+    `plan_memory` with the same arguments uses the same ranks. `inject_cersa` takes those of a component:
+    ``ranks=chosen[component]``.
 
     Args:
-        model: any torch model that is still dense, or the components of a pipeline by name.
-        config: settings for all components or by component; a `memory_budget` has to be the same in all of them.
-        optimizer: whose state counts in the budget, a key of `OPTIMIZERS`.
-        weight_dtype: compute dtype of training; None: the dtype that each layer has.
-        tokens: "component.layer name" -> what the layer is given per step; None: activations are left out of the budget.
-        also_trained: "component.tensor name" of what is trained beside the target layers, in float32.
-        show_progress: show a bar while layers are decomposed.
+        model, optimizer, weight_dtype, tokens, show_progress: see `plan_memory`; the budget includes the state of the optimizer,
+            and the activations if `tokens` are given.
+        config: settings for all components, or by component; `memory_budget` must be the same in all of them.
+        also_trained: "component.tensor name" of tensors that are trained in addition to the target layers, in float32.
 
     Returns:
-        Component -> layer name -> ranks; None for a layer that stays dense and frozen. A lone model's component is "model".
+        Component -> layer name -> ranks; None for a layer that stays dense and frozen. A single model is the component "model".
 
     Raises:
-        ConfigError: as `plan_memory`; a budget that cannot be met: the message names the smallest that can.
+        ConfigError: as `plan_memory`, or the budget is too small; the message names the smallest possible budget.
         NonFiniteError: NaN or infinity in a weight.
     """
     components, targets = _targets(model, config, optimizer)
     chosen: dict[str, dict[str, LayerRanks | None]] = {component: {} for component in components}
-    for layer, ranks in select_ranks(
-        components,
-        targets,
-        optimizer=optimizer,
-        weight_dtype=weight_dtype,
-        tokens=tokens,
-        also_trained=also_trained,
-        show_progress=show_progress,
-    ):
+    options = {"optimizer": optimizer, "weight_dtype": weight_dtype, "tokens": tokens, "also_trained": also_trained}
+    for layer, ranks in select_ranks(components, targets, **options, show_progress=show_progress):
         component, _, name = layer.name.partition(".")
         chosen[component][name] = ranks
     return chosen
@@ -234,15 +221,15 @@ def choose_ranks(
 def _targets(
     model: nn.Module | Mapping[str, nn.Module], config: CersaConfig | Mapping[str, CersaConfig], optimizer: str
 ) -> tuple[dict[str, nn.Module], dict[str, tuple[nn.Module, CersaConfig]]]:
-    """The components, and "component.layer name" -> layer and settings, checked."""
+    """Checks the settings; returns the components, and "component.layer name" -> layer and settings."""
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer is {optimizer!r}, expected one of {sorted(OPTIMIZERS)}")
     components = components_of(model)
     configs = dict.fromkeys(components, config) if isinstance(config, CersaConfig) else dict(config)
     if set(configs) != set(components):
         raise ConfigError(
-            f"settings are given for {sorted(configs)}, the model has the components {sorted(components)}: "
-            "give one CersaConfig for all of them, or one for each"
+            f"config has settings for {sorted(configs)}, but the model has the components {sorted(components)}: "
+            "pass one CersaConfig for all components, or one for each"
         )
     targets = {}
     for component, module in components.items():

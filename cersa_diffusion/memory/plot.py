@@ -1,4 +1,4 @@
-"""The pictures of a memory plan: the figures of the paper that show where the ranks are."""
+"""Plots of a memory plan: the figures of the paper that show the ranks of the layers and the compression."""
 
 import os
 from typing import TYPE_CHECKING
@@ -14,27 +14,26 @@ if TYPE_CHECKING:
 
     from cersa_diffusion.memory.plan import LayerPlan, MemoryPlan
 
-
 PLOTTED_ALPHAS = (0.8, 0.85, 0.9, 0.92, 0.95)
 
 
 def compression_rate(layers: list["LayerPlan"], ranks: list[int]) -> float:
-    """``c = sum(m r + n r + 4 r^2) / sum(m n)``, training memory in numbers against the dense weights (CERSA, section 3.4).
+    """``c = sum(m r + n r + 4 r^2) / sum(m n)``: numbers in training memory over numbers in dense weights (CERSA, section 3.4).
 
     Args:
         layers: rows of a plan.
-        ranks: one rank per row, kept and trained.
+        ranks: one rank per layer, both kept and trained.
     """
     factored = sum((layer.out_features + layer.in_features + 4 * r) * r for layer, r in zip(layers, ranks, strict=True))
     return factored / sum(layer.out_features * layer.in_features for layer in layers)
 
 
 def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
-    """Draws rank by layer and kind, at five alphas (CERSA, Fig. 3) and as planned, and compression against alpha (Fig. 7).
+    """Plots the ranks by layer and kind at five alphas (CERSA, Fig. 3) and as planned, and compression against alpha (Fig. 7).
 
     Args:
         plan: the plan.
-        path: picture to write, PNG or what else the ending says.
+        path: picture to write; its ending decides the format, e.g. PNG.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -49,11 +48,11 @@ def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
         f"rank at alpha = {alpha}": {layer.name: energy_rank(plan.spectra[layer.name], alpha) for layer in plan.layers}
         for alpha in PLOTTED_ALPHAS
     }
-    by = "as planned" if plan.memory_budget is None else f"in the budget of {mib(plan.memory_budget)} MiB"
-    ranks[f"rank {by}"] = {layer.name: layer.kept_rank for layer in plan.layers}
-    largest = max(rank for own in ranks.values() for rank in own.values())
-    for axes, (title, own) in zip(panels, ranks.items(), strict=False):
-        _draw_ranks(axes, plan, own, title)
+    planned = "as planned" if plan.memory_budget is None else f"in the budget of {mib(plan.memory_budget)} MiB"
+    ranks[f"rank {planned}"] = {layer.name: layer.kept_rank for layer in plan.layers}
+    largest = max(rank for ranks_by_layer in ranks.values() for rank in ranks_by_layer.values())
+    for axes, (title, ranks_by_layer) in zip(panels, ranks.items(), strict=False):
+        _draw_ranks(axes, plan, ranks_by_layer, title)
         axes.set_ylim(0, 1.05 * largest)
     _draw_compression(panels[6], plan)
     panels[7].axis("off")
@@ -61,9 +60,7 @@ def plot_plan(plan: "MemoryPlan", path: str | os.PathLike) -> None:
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"plot {path}: cannot be written ({error}): expected a file ending in .png in a folder that exists"
-        ) from error
+        raise ConfigError(f"plot {path} cannot be written ({error}): expected a .png file in an existing folder") from error
 
 
 def _draw_ranks(axes: "Axes", plan: "MemoryPlan", ranks: dict[str, int], title: str) -> None:
@@ -81,7 +78,7 @@ def _draw_compression(axes: "Axes", plan: "MemoryPlan") -> None:
     if len(by_component) == 2:
         by_component.popitem()
     for name, layers in by_component.items():
-        rates = [compression_rate(layers, [energy_rank(plan.spectra[layer.name], a) for layer in layers]) for a in alphas]
+        rates = [compression_rate(layers, [energy_rank(plan.spectra[layer.name], alpha) for layer in layers]) for alpha in alphas]
         axes.plot(alphas, rates, label=name)
     dense = sum(layer.out_features * layer.in_features for layer in plan.layers)
     added = sum(4 * plan.lora_rank * (layer.out_features + layer.in_features) for layer in plan.layers)

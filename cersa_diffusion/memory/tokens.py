@@ -1,4 +1,4 @@
-"""What the linear layers of a model are given in one step, which decides what they save for the backward pass."""
+"""The inputs of the linear layers of a model in one step: they decide how much is saved for the backward pass."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,11 +11,11 @@ from cersa_diffusion.memory.cost import LayerInput
 
 
 def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, LayerInput]:
-    """Runs a forward pass and notes what every linear layer is given.
+    """Runs a forward pass and records the input of every linear layer.
 
     Args:
         model: any torch model, or the components of a pipeline by name.
-        forward: runs the model once. All inputs are held until it returns: under `FakeTensorMode` that costs nothing.
+        forward: runs the model once. All inputs stay in memory until it returns; under `FakeTensorMode` they take no memory.
 
     Returns:
         "component.layer name" -> rows and source; 0 rows for a layer that does not run.
@@ -23,7 +23,7 @@ def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[
     inputs: dict[str, list[Tensor]] = {}
     handles = []
 
-    def note(name: str) -> Callable:
+    def recording_hook(name: str) -> Callable:
         def hook(_module, args, kwargs):
             inputs[name].append(args[0] if args else kwargs["input"])
 
@@ -34,20 +34,20 @@ def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[
             if can_be_factored(layer):
                 key = f"{component}.{name}"
                 inputs[key] = []
-                handles.append(layer.register_forward_pre_hook(note(key), with_kwargs=True))
+                handles.append(layer.register_forward_pre_hook(recording_hook(key), with_kwargs=True))
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
     sources: dict[StorageWeakRef, int] = {}
-    return {name: _layer_input(given, sources) for name, given in inputs.items()}
+    return {name: _layer_input(tensors, sources) for name, tensors in inputs.items()}
 
 
-def _layer_input(given: list[Tensor], sources: dict[StorageWeakRef, int]) -> LayerInput:
-    rows = sum(x.numel() // x.shape[-1] for x in given)
-    if len(given) != 1:
+def _layer_input(tensors: list[Tensor], sources: dict[StorageWeakRef, int]) -> LayerInput:
+    rows = sum(x.numel() // x.shape[-1] for x in tensors)
+    if len(tensors) != 1:
         return LayerInput(rows)
-    # By storage, so that reshaped views count as the same tensor.
-    storage = StorageWeakRef(given[0].untyped_storage())
+    # Tensors are compared by storage, so that reshaped views count as the same tensor.
+    storage = StorageWeakRef(tensors[0].untyped_storage())
     return LayerInput(rows, sources.setdefault(storage, len(sources)))

@@ -1,4 +1,4 @@
-"""What every way to fine-tune does: prepare models for training, save the result, open it again. All else is shared."""
+"""The interface of a fine-tuning method: it prepares models for training, saves the result and opens it again."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -12,35 +12,35 @@ from torch import Tensor, nn
 from cersa_diffusion.methods.settings import MethodSettings
 
 Targets = str | list[str] | None
-# A line of Python that opens the base of a result.
+# The line of Python that loads the base of a result.
 BASE_LINE = 'pipe = {pipeline}.from_pretrained("{base}"{options})'
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was loaded before the training: a local folder or an id on the hub, its revision, and the variant of its files."""
+    """The source of the model before training: a local folder or an id on the hub, its revision, and the variant of its files."""
 
     name_or_path: str
     revision: str | None = None
     variant: str | None = None
 
     def to_dict(self) -> dict:
-        """As the headers of results name it."""
+        """The entry for the header of a result."""
         return {"name_or_path": self.name_or_path, "revision": self.revision}
 
 
 class Method(ABC):
-    """One way to fine-tune given layers of the components of a pipeline, or of a model on its own.
+    """One method to fine-tune layers of the components of a pipeline, or of a single model.
 
     Args:
-        settings: of the method.
-        targets: component -> the layers that are trained, as `match_targets` takes them; None, for full fine-tuning only: every
-            parameter. A model on its own is the component `LONE_COMPONENT`.
+        settings: settings of the method.
+        targets: component -> the layers to train, in the form of `match_targets`; None: all parameters (full fine-tuning only).
+            A single model is the component `LONE_COMPONENT`.
 
     Attributes:
-        frozen_in_compute_dtype: whether the frozen weights may be kept in 16 bit under mixed precision.
-        needs_base: whether a result is opened on the base; without it the result is a model of its own.
-        opening: the lines of Python that open a pipeline's result, with {pipeline}, {base}, {options} and {path}.
+        frozen_in_compute_dtype: whether frozen weights may have 16 bits in mixed precision.
+        needs_base: whether the result is opened on the base; otherwise the result is a complete model.
+        opening: lines of Python that open the result of a pipeline, with {pipeline}, {base}, {options} and {path}.
     """
 
     frozen_in_compute_dtype = True
@@ -50,40 +50,35 @@ class Method(ABC):
     def __init__(self, settings: MethodSettings, targets: Mapping[str, Targets]):
         self.settings, self.targets = settings, dict(targets)
 
-    # Most methods take every model on its own.
+    # Most methods handle every model separately and need no plan.
     def plan(  # noqa: B027
-        self,
-        components: Mapping[str, nn.Module],
-        dtype: torch.dtype,
-        *,
-        optimizer: str = "adamw",
-        also_trained: Collection[str] = (),
+        self, components: Mapping[str, nn.Module], dtype: torch.dtype, *, optimizer="adamw", also_trained: Collection[str] = ()
     ) -> None:
-        """Looks at all models together before the first one is changed.
+        """Makes decisions that depend on all models, before the first model is changed.
 
         Args:
-            components: the models to train by name.
+            components: name -> model to train.
             dtype: compute dtype of the training.
-            optimizer: whose state counts, a key of `OPTIMIZERS`.
-            also_trained: "component.tensor name" of what is trained beside the target layers.
+            optimizer: a key of `OPTIMIZERS`; its state counts as memory.
+            also_trained: "component.tensor name" of tensors that are trained in addition to the target layers.
         """
 
     @abstractmethod
     def prepare(self, component: str, model: nn.Module) -> str:
-        """Changes a model so that just this method's parameters are trained; returns a line that says what was done.
+        """Changes a model so that only the parameters of this method are trained; returns a description in one line.
 
         Args:
-            component: its name in `targets`.
-            model: changed in place; all or nothing.
+            component: name of the component in `targets`.
+            model: changed in place; if an error is raised, it is not changed.
 
         Raises:
-            ConfigError: the method cannot be applied to the layers that were asked for.
+            ConfigError: the method cannot be applied to the target layers.
         """
 
     def cast_frozen(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Moves the frozen weights of a prepared model to the compute dtype, the trained ones stay float32."""
+        """Casts the frozen weights of a prepared model to the compute dtype; the trained weights stay float32."""
         if self.frozen_in_compute_dtype:
-            # Set aside: rounded and turned back they would not be what the method began with.
+            # A cast to the compute dtype and back would round the initial values of the trained weights.
             trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
             model.to(dtype=dtype)
             for parameter, data in trained.items():
@@ -91,24 +86,24 @@ class Method(ABC):
 
     @abstractmethod
     def save(self, components: Mapping[str, nn.Module], folder: Path, origin: Origin, training: dict) -> Path:
-        """Writes the result for a pipeline; returns the file or folder that `open` takes.
+        """Writes the result for a pipeline into an existing folder; returns the file or folder that `open` reads.
 
         Args:
-            components: the trained models by name.
-            folder: an existing one.
-            origin: of the pipeline.
-            training: what the file's header says of the run.
+            components: name -> trained model.
+            folder: the folder.
+            origin: the source of the pipeline.
+            training: description of the run, for the header of the file.
         """
 
     @classmethod
     @abstractmethod
     def open(cls, path: Path, base: str, **options) -> DiffusionPipeline:
-        """Opens the result of a pipeline in a fresh one, to what `opening` makes of it.
+        """Opens the result at the path that `save` returned, as the code in `opening` does.
 
         Args:
-            path: what `save` returned.
-            base: the base the run started from.
-            options: of `load_base`.
+            path: file or folder of the result.
+            base: the base of the run.
+            options: options of `load_base`.
         """
 
     @abstractmethod
@@ -116,33 +111,25 @@ class Method(ABC):
         """Writes the result for a model of transformers with a trained head; returns the file with the trained weights.
 
         Args:
-            model: the trained model.
-            folder: an existing one.
+            model, folder, origin, training: as in `save`, for a single model.
             head: names of the modules that every method trains.
-            origin: of the model.
-            training: what the file's header says of the run.
         """
 
     @classmethod
     @abstractmethod
     def open_model(cls, model: nn.Module, folder: Path) -> nn.Module:
-        """Opens what `save_model` wrote.
+        """Opens what `save_model` wrote into a folder; returns the trained model.
 
         Args:
-            model: the base, or without `needs_base` the model that the folder holds; changed in place.
+            model: the base, or without `needs_base` the model in the folder; changed in place.
             folder: the folder.
-
-        Returns:
-            The model as it was trained.
         """
 
 
 def head_state(model: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
-    """The weights of some modules by their names in the model, in CPU memory.
-
-    Args:
-        model: that has them.
-        head: names of the modules.
-    """
-    state = {f"{module}.{name}": t for module in head for name, t in model.get_submodule(module).state_dict().items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    """The weights of the modules `head`, by their names in the model, in CPU memory."""
+    return {
+        f"{module}.{name}": tensor.detach().cpu().contiguous()
+        for module in head
+        for name, tensor in model.get_submodule(module).state_dict().items()
+    }

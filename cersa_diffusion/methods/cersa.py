@@ -1,6 +1,5 @@
-"""CERSA, and SVFit and SVFT as settings of it: cores in the basis of every target layer's weight."""
+"""CERSA, and SVFit and SVFT as special settings: cores in the singular basis of the weight of every target layer."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.files import safetensors_bytes
 from cersa_diffusion.inject import InjectionReport, inject_cersa
 from cersa_diffusion.memory.plan import choose_ranks
-from cersa_diffusion.methods.base import BASE_LINE, Method, Origin, head_state
+from cersa_diffusion.methods.base import BASE_LINE, Method, head_state
 from cersa_diffusion.pipelines.methods import load_cersa_weights
 from cersa_diffusion.pipelines.open import load_base
 
@@ -22,10 +21,10 @@ HEAD_FILE = "head.safetensors"
 
 
 class CersaMethod(Method):
-    """Cores in the basis of every target layer's weight.
+    """Cores in the singular basis of the weight of every target layer.
 
     Attributes:
-        reports: component -> what the injection did.
+        reports: component -> report of the injection.
     """
 
     opening = BASE_LINE + '\npipe.load_cersa_weights("{path}")'
@@ -36,14 +35,13 @@ class CersaMethod(Method):
         self._ranks: dict[str, dict[str, LayerRanks | None]] = {}
 
     def config(self, component: str) -> CersaConfig:
-        """The settings of the injection into a component."""
+        """The settings for the injection into a component."""
         return self.settings.cersa_config(self.targets[component])
 
     def plan(self, components, dtype, *, optimizer="adamw", also_trained=()):
         if self.settings.memory_budget is not None:
             configs = {name: self.config(name) for name in components}
-            options = {"weight_dtype": dtype, "optimizer": optimizer, "also_trained": also_trained}
-            self._ranks = choose_ranks(components, configs, **options)
+            self._ranks = choose_ranks(components, configs, weight_dtype=dtype, optimizer=optimizer, also_trained=also_trained)
 
     def prepare(self, component, model):
         report = inject_cersa(model, self.config(component), ranks=self._ranks.get(component))
@@ -51,7 +49,10 @@ class CersaMethod(Method):
         return str(report)
 
     def save(self, components, folder, origin, training):
-        return self._write(components, folder, origin, training)
+        path = folder / DEFAULT_FILE_NAME
+        config = {name: self.config(name).to_dict() for name in components}
+        save_adapter(components, path, config=config, base_model=origin.to_dict(), training=training)
+        return path
 
     @classmethod
     def open(cls, path, base, **options):
@@ -62,7 +63,7 @@ class CersaMethod(Method):
     def save_model(self, model, folder, head, origin, training):
         (component,) = self.targets
         (folder / HEAD_FILE).write_bytes(safetensors_bytes(head_state(model, head), {"format": "pt"}))
-        return self._write({component: model}, folder, origin, training)
+        return self.save({component: model}, folder, origin, training)
 
     @classmethod
     def open_model(cls, model, folder):
@@ -70,22 +71,12 @@ class CersaMethod(Method):
         load_head(model, folder / HEAD_FILE)
         return model
 
-    def _write(self, components: Mapping[str, nn.Module], folder: Path, origin: Origin, training: dict) -> Path:
-        path = folder / DEFAULT_FILE_NAME
-        config = {name: self.config(name).to_dict() for name in components}
-        save_adapter(components, path, config=config, base_model=origin.to_dict(), training=training)
-        return path
-
 
 def load_head(model: nn.Module, path: Path) -> None:
-    """Puts the saved weights of a classifier in a model of the same classes.
-
-    Args:
-        model: changed in place, in the dtype that it has.
-        path: of the weights.
+    """Loads saved weights of a classifier into a model with the same classes; the dtype of the model stays.
 
     Raises:
-        ConfigError: no such file, or the model's classifier is another one; the model is left as it is.
+        ConfigError: the file does not exist, or does not fit the classifier of the model; the model is not changed.
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file, expected the weights of a classifier")
@@ -94,7 +85,7 @@ def load_head(model: nn.Module, path: Path) -> None:
     wrong = [name for name, tensor in head.items() if name not in present or present[name].shape != tensor.shape]
     if wrong:
         raise ConfigError(
-            f"{path}: {wrong[0]} of shape {tuple(head[wrong[0]].shape)} does not fit this model: load the base with as many "
-            "labels as the classifier was trained for"
+            f"{path}: {wrong[0]} of shape {tuple(head[wrong[0]].shape)} does not fit this model: load the base with the number "
+            "of labels that the classifier was trained for"
         )
     model.load_state_dict(head, strict=False)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the weights of the target layers, dense; the result is a whole pipeline or model."""
+"""Full fine-tuning: the dense weights of the target layers are trained; the result is a complete pipeline or model."""
 
 import torch
 
@@ -8,7 +8,7 @@ from cersa_diffusion.pipelines.open import load_base
 
 
 class FullMethod(Method):
-    """The same layers dense; saved as a whole pipeline, as diffusers' train_dreambooth.py does."""
+    """Trains the dense weights; the result is a complete pipeline, as with train_dreambooth.py of diffusers."""
 
     frozen_in_compute_dtype = False
     needs_base = False
@@ -21,9 +21,7 @@ class FullMethod(Method):
             return f"all parameters: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M trained"
         layers = match_targets(model, targets)
         model.requires_grad_(False)
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        trained = sum(layer.weight.numel() for layer in layers.values())
+        trained = sum(layer.weight.requires_grad_(True).numel() for layer in layers.values())
         return f"{len(layers)} layers, dense weights: {trained / 1e6:.2f} M trained"
 
     def save(self, components, folder, origin, training):
@@ -34,7 +32,7 @@ class FullMethod(Method):
 
     @classmethod
     def open(cls, path, base, **options):
-        # The result is a pipeline of its own: the base's revision says nothing about it.
+        # The result is a complete pipeline, so the revision of the base does not apply to it.
         return load_base(str(path), dtype=options.get("dtype", torch.float32))
 
     def save_model(self, model, folder, head, origin, training):

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and PiSSA by the peft library, saved so that the stock loaders of diffusers and peft drop nothing."""
+"""LoRA, DoRA and PiSSA with the peft library, saved in such a way that the loaders of diffusers and peft load all tensors."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,8 +17,9 @@ from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.methods.base import BASE_LINE, Method, head_state
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, add_lora, load_lora, save_lora
 from cersa_diffusion.pipelines.open import load_base
+from cersa_diffusion.text import one_line
 
-# The file in peft's own folders.
+# Name of the weight file in peft's folders.
 PEFT_FILE_NAME = "adapter_model.safetensors"
 
 
@@ -26,15 +27,15 @@ class LoraMethod(Method):
     """LoRA (Hu et al., arXiv 2106.09685); lora_alpha is the rank, so that the scale is 1."""
 
     label: ClassVar[str] = "LoRA"
-    # What `LoraConfig` is given beside the rank.
+    # Additional arguments of `LoraConfig`.
     lora_settings: ClassVar[dict] = {}
     opening = BASE_LINE + '\npipe.load_lora_weights("{path}")'
 
     def prepare(self, component, model):
         layers = match_targets(model, self.targets[component])
         self._check_layers(layers)
-        # Whole names, so that these very layers are trained and no convolution of the same ending; without the prefix of the
-        # text encoder's names, which not all transformers versions have (peft takes them as endings).
+        # peft matches name endings: whole names exclude convolutions with the same ending. The prefix of the text encoder is
+        # removed because only some versions of transformers have it.
         names = [name.removeprefix("text_model.") for name in layers]
         model.requires_grad_(False)
         rank = self.settings.rank
@@ -42,25 +43,25 @@ class LoraMethod(Method):
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return f"{len(layers)} layers with {self.label} of rank {rank}: {trained / 1e6:.2f} M trained"
 
-    # Only PiSSA takes its rank from the weight.
+    # Only PiSSA has a condition: its rank must not exceed that of the weight.
     def _check_layers(self, layers: Mapping[str, nn.Module]) -> None:
-        """Refuses layers that the method cannot be applied to."""
+        """Raises ConfigError if the method cannot be applied to these layers."""
 
     def weights(self, component: str, model: nn.Module) -> dict[str, Tensor]:
-        """The trained change as a LoRA of the model the user has, in peft's names without its prefix."""
+        """The trained change as a LoRA on the original base, with peft's names without its prefix."""
         return get_peft_model_state_dict(model)
 
     def _saved_settings(self) -> dict:
-        """What differs between the settings of training and those that `weights` are loaded with."""
+        """The settings with which `weights` are loaded, where they differ from the settings of training."""
         return {}
 
-    def _in_pipeline(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` by the names that the loaders of pipelines find."""
+    def _with_pipeline_names(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` with the names that the loaders of pipelines expect."""
         return weights
 
     def save(self, components, folder, origin, training):
         path = folder / LORA_FILE_NAME
-        weights = {name: self._in_pipeline(self.weights(name, model)) for name, model in components.items()}
+        weights = {name: self._with_pipeline_names(self.weights(name, model)) for name, model in components.items()}
         settings = {name: model.peft_config["default"].to_dict() | self._saved_settings() for name, model in components.items()}
         save_lora(path, weights, settings)
         return path
@@ -72,7 +73,7 @@ class LoraMethod(Method):
         return pipeline
 
     def save_model(self, model, folder, head, origin, training):
-        """As peft's own save_pretrained does for a PeftModel; the base's own change by PiSSA is folded into the adapter."""
+        """Writes the files of peft's save_pretrained; the adapter includes the change that PiSSA makes to the base."""
         (component,) = self.targets
         settings = self._saved_settings() | {"modules_to_save": list(head), "inference_mode": True}
         config = replace(model.peft_config["default"], **settings)
@@ -90,35 +91,33 @@ class LoraMethod(Method):
             stored = load_file(path)
             adapted = PeftModel.from_pretrained(model, folder)
         except (OSError, SafetensorError) as error:
-            raise AdapterFormatError(f"{path}: not a readable LoRA ({error}): train it again") from error
+            raise AdapterFormatError(f"{path} is not a readable LoRA ({error}): train it again") from error
         except (RuntimeError, KeyError) as error:
-            raise BaseMismatchError(
-                f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:500]}"
-            ) from error
-        # peft only warns of layers that the file says nothing about, and passes over those that the model does not have. Without
-        # the option it would look for the base's configuration, on the hub if need be.
+            raise BaseMismatchError(f"{path} does not fit {type(model).__name__}: {one_line(error, 500)}") from error
+        # peft only warns about layers that are missing in the file, and ignores tensors for layers that the model lacks. Without
+        # save_embedding_layers=False it would look for the configuration of the base, possibly on the hub.
         different = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ stored.keys())
         if different:
-            raise BaseMismatchError(f"{path}: {different[0]} is in the file or in {type(model).__name__}, expected in both")
+            raise BaseMismatchError(f"{path}: {different[0]} is in the file or in {type(model).__name__}, but must be in both")
         return adapted
 
 
 class DoraMethod(LoraMethod):
-    """DoRA (Liu et al., arXiv 2402.09353): LoRA on the direction of the weight, its magnitude trained beside it."""
+    """DoRA (Liu et al., arXiv 2402.09353): LoRA on the direction of the weight; the magnitude is trained separately."""
 
     label, lora_settings = "DoRA", {"use_dora": True}
 
-    def _in_pipeline(self, weights):
-        # PEFT leaves ".weight" off these names; transformers' loader of adapters, which text encoders go through, then finds no
-        # place for them and goes on with magnitudes of the base. With it both loaders put them in their place.
+    def _with_pipeline_names(self, weights):
+        # peft omits ".weight" from these names. The adapter loader of transformers, which loads text encoders, then ignores the
+        # magnitudes and uses those of the base. With ".weight" both loaders load them.
         ending = "lora_magnitude_vector"
         return {f"{name}.weight" if name.endswith(ending) else name: tensor for name, tensor in weights.items()}
 
 
 class PissaMethod(LoraMethod):
-    """PiSSA (Meng et al., arXiv 2404.02948): A and B start as the leading components, the base keeps the rest.
+    """PiSSA (Meng et al., arXiv 2404.02948): A and B start as the leading components, and the base keeps the rest.
 
-    The base that is trained on is not the one others have, so what is saved is the change, as a LoRA of twice the rank:
+    Training therefore changes the base. The saved file is the change of the original base, as a LoRA of twice the rank:
     ``B A - B0 A0 = [B, -B0] [A; A0]``.
     """
 
@@ -132,14 +131,14 @@ class PissaMethod(LoraMethod):
         name, smallest = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda item: item[1])
         if smallest < self.settings.rank:
             raise ConfigError(
-                f"rank is {self.settings.rank}, but layer {name} has only {smallest} components for PiSSA to start from: "
-                f"lower it to {smallest} or leave this layer out of the target modules"
+                f"rank is {self.settings.rank}, but layer {name} has only {smallest} components for the start of PiSSA: "
+                f"lower the rank to {smallest}, or remove this layer from the target modules"
             )
 
     def prepare(self, component, model):
         description = super().prepare(component, model)
-        initial = get_peft_model_state_dict(model)
-        self._initial[component] = {name: tensor.detach().cpu().clone() for name, tensor in initial.items()}
+        state = get_peft_model_state_dict(model)
+        self._initial[component] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         return description
 
     def weights(self, component, model):

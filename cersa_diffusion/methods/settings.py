@@ -1,4 +1,4 @@
-"""What the fine-tuning methods do to one model. Loading the model, training and saving it are left to the entry points."""
+"""The settings of the fine-tuning methods."""
 
 import warnings
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ from cersa_diffusion.errors import ConfigError
 CERSA_METHODS = ("cersa", "svfit", "svft")
 LORA_METHODS = ("lora", "pissa", "dora")
 METHOD_NAMES = (*CERSA_METHODS, *LORA_METHODS, "full")
-# Options that not all methods read, with those that do.
+# Option -> the methods that read it, for the options that only some methods read.
 READ_BY = dict.fromkeys(("alpha", "beta", "uniform_rank", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
     "rank": LORA_METHODS,
     "svfit_rank": ("svfit",),
@@ -29,27 +29,27 @@ READ_BY = dict.fromkeys(("alpha", "beta", "uniform_rank", "core", "block", "unpr
 
 @dataclass(kw_only=True)
 class MethodSettings(SubspaceSettings):
-    """Which method, and the settings of all of them; the defaults are those of the CERSA paper's comparison.
+    """The method, and the settings of all methods; the defaults are those of the comparison in the CERSA paper.
 
     Raises:
-        ConfigError: a value out of range, or settings that contradict each other.
+        ConfigError: a value is out of range, or settings contradict each other.
     """
 
     method: Literal["cersa", "lora", "pissa", "dora", "svfit", "svft", "full"] = option(
-        "cersa", "What is trained on the layers that are addressed."
+        "cersa", "What is trained on the target layers."
     )
     uniform_rank: int | None = option(None, "CERSA: keep and train this many components in every layer instead (Table 5).")
     rank: int = option(32, "LoRA, PiSSA, DoRA: rank (and lora_alpha, so that the scale is 1).")
-    svfit_rank: int = option(768, "SVFit: singular values that are trained; all of a layer that has fewer.")
-    # Another default than that of `CersaConfig`, for SVFT: 2 comes to the trained parameters of the CERSA paper's comparison
-    # (Table 14), 0 is SVFT-plain.
+    svfit_rank: int = option(768, "SVFit: number of trained singular values; in a layer with fewer, all of them are trained.")
+    # The default differs from that of `CersaConfig`: with 2, SVFT trains as many parameters as in the comparison of the CERSA
+    # paper (Table 14); 0 is SVFT-plain.
     off_diagonals: int = option(2, OFF_DIAGONALS)
 
     def __post_init__(self):
         if self.method not in METHOD_NAMES:
             raise ConfigError(f"method is {self.method!r}, expected one of {', '.join(METHOD_NAMES)}")
         if self.memory_budget is not None and self.method != "cersa":
-            raise ConfigError(f"memory_budget chooses what CERSA keeps: method {self.method!r} takes the memory it takes")
+            raise ConfigError(f"memory_budget decides the ranks of CERSA, method {self.method!r} cannot use it: leave it out")
         for name in ("rank", "svfit_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -63,9 +63,9 @@ class MethodSettings(SubspaceSettings):
             warnings.warn(f"without core='sparse', {', '.join(sparse)} is ignored", stacklevel=4)
 
     def cersa_config(self, target_modules: str | list[str]) -> CersaConfig:
-        """The CERSA settings that the method (cersa, svfit or svft) comes to, for one set of layers."""
+        """The CERSA settings of the method (cersa, svfit or svft) for these layers."""
         with warnings.catch_warnings():
-            # Said once, when the settings were checked.
+            # The check of the settings has already given these warnings.
             warnings.simplefilter("ignore")
             return self._cersa_config(target_modules)
 

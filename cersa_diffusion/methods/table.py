@@ -24,12 +24,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(settings: MethodSettings, targets: Mapping[str, Targets]) -> Method:
-    """The method that the settings name.
-
-    Args:
-        settings: which method, and its settings.
-        targets: component -> the layers that are trained; see `Method`.
-    """
+    """The method that the settings choose; `targets` as in `Method`."""
     return METHODS[settings.method](settings, targets)
 
 
@@ -42,14 +37,12 @@ def load_result(
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
-    """Opens the result of a run in a fresh pipeline, to what the lines printed at the end of the run make of it.
+    """Opens the result of a run in a new pipeline, as the code that is printed at the end of the run does.
 
     Args:
         method: a key of `METHODS`.
-        weights_path: what `TrainResult.weights_path` says.
-        base: the base the run started from.
-        dtype: dtype of the pipeline.
-        revision: revision of the base.
-        variant: of the base's weight files.
+        weights_path: `TrainResult.weights_path`.
+        base: the base of the run.
+        dtype, revision, variant: see `load_base`.
     """
     return METHODS[method].open(weights_path, base, dtype=dtype, revision=revision, variant=variant)

@@ -1,4 +1,4 @@
-"""Results side by side: the same prompts and seeds for every model, as one picture and one table."""
+"""Draws pictures of the same prompts and seeds with every model, and puts them into one sheet."""
 
 from collections.abc import Sequence
 
@@ -21,31 +21,27 @@ def generate(
     negative_prompt: str = "",
     show_progress: bool = False,
 ) -> list[list[Image.Image]]:
-    """Pictures of every prompt with every seed: ``result[prompt][seed]``.
+    """Draws pictures of every prompt with every seed: ``result[prompt][seed]``.
 
-    Every picture starts from its own seed's noise, drawn on the CPU, so that models get the same starting points.
+    The noise of every picture is drawn on the CPU from its seed, so that all models start from the same noise.
 
     Args:
-        pipeline: the model.
-        prompts: the prompts.
-        seeds: the seeds.
-        steps: denoising steps of the pipeline's scheduler.
-        guidance: classifier-free guidance scale.
-        batch_size: pictures at once.
-        negative_prompt: what guidance leads away from.
-        show_progress: a bar over the batches.
+        pipeline, prompts, seeds: what to draw, and with which pipeline.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        batch_size: pictures per call of the pipeline.
+        negative_prompt: prompt for the unconditional prediction of guidance.
+        show_progress: show a bar over the batches.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     pictures = []
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", unit="batch", disable=not show_progress):
         batch = jobs[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        texts = [prompt for prompt, _ in batch]
         pictures += pipeline(
-            texts,
-            # Not a list of empty texts: some pipelines have a vector of their own for none.
+            [prompt for prompt, _ in batch],
+            # None and not a list of empty texts: without a negative prompt some pipelines use a special vector.
             negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
         ).images
@@ -53,11 +49,11 @@ def generate(
 
 
 def picture_grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
-    """Labelled rows of pictures under column titles.
+    """A sheet with labelled rows of pictures under column titles.
 
     Args:
-        rows: label -> pictures, as many as there are titles; a label may have several lines.
-        titles: column titles, wrapped to the width of a picture.
+        rows: label, which may have several lines -> one picture for each title.
+        titles: column titles; they are wrapped to the width of a picture.
     """
     pitch = CELL + MARGIN
     sheet = Image.new("RGB", (LABEL_WIDTH + len(titles) * pitch, TITLE_HEIGHT + len(rows) * pitch), "white")

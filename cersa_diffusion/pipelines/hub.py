@@ -1,4 +1,4 @@
-"""Finding an adapter file: a file, a folder, or a repository of the Hugging Face hub."""
+"""Finds an adapter file from a path, a folder, or a repository on the Hugging Face hub."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME
 from cersa_diffusion.errors import AdapterFormatError
 from cersa_diffusion.files import NEITHER, is_hub_id
 
-# What `load_cersa_weights` hands on to huggingface_hub.hf_hub_download.
+# Arguments that `load_cersa_weights` passes to huggingface_hub.hf_hub_download.
 HUB_ARGUMENTS = frozenset(
     {"revision", "token", "cache_dir", "force_download", "local_files_only", "user_agent", "endpoint", "etag_timeout"}
 )
@@ -16,18 +16,18 @@ HUB_ARGUMENTS = frozenset(
 def find_adapter_file(
     name_or_path: str | os.PathLike, weight_name: str | None = None, *, subfolder: str | None = None, **hub_kwargs
 ) -> Path:
-    """Turns a file, a folder or a hub id into the path of an adapter file.
+    """The path of an adapter file; a file on the hub is downloaded.
 
     Args:
-        name_or_path: where to look.
-        weight_name: the file's name inside the folder or repository. Left out it is the default name; in a folder without
-            a file of that name, the only safetensors file there.
-        subfolder: folder inside the folder or repository.
+        name_or_path: a file, a folder or a hub id.
+        weight_name: file name in the folder or repository; default `DEFAULT_FILE_NAME`, or the only safetensors file of a
+            folder that has no file of that name.
+        subfolder: folder in the folder or repository.
         hub_kwargs: see `HUB_ARGUMENTS`.
 
     Raises:
-        AdapterFormatError: there is no such file, or the hub does not have it.
-        TypeError: an argument that the hub does not know.
+        AdapterFormatError: the file does not exist.
+        TypeError: an argument is not in `HUB_ARGUMENTS`.
     """
     unknown = set(hub_kwargs) - HUB_ARGUMENTS
     if unknown:
@@ -50,7 +50,7 @@ def find_adapter_file(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterFormatError(
-            f"{name_or_path}: no such file or folder, and {weight_name or DEFAULT_FILE_NAME} is not to be had from the hub "
+            f"{name_or_path}: no such file or folder, and {weight_name or DEFAULT_FILE_NAME} was not found on the hub "
             f"({reason}): check the name, or pass weight_name="
         ) from error
 
@@ -59,8 +59,7 @@ def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
     path = folder / (weight_name or DEFAULT_FILE_NAME)
     if path.is_file():
         return path
-    found = sorted(folder.glob("*.safetensors"))
-    if weight_name is None and len(found) == 1:
-        return found[0]
-    names = [file.name for file in found]
-    raise AdapterFormatError(f"{folder}: no {path.name} in this folder; it holds {names}: pass weight_name=")
+    files = sorted(folder.glob("*.safetensors"))
+    if weight_name is None and len(files) == 1:
+        return files[0]
+    raise AdapterFormatError(f"{folder} holds no {path.name}, it holds {[file.name for file in files]}: pass weight_name=")

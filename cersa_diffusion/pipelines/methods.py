@@ -1,4 +1,4 @@
-"""The `*_cersa_*` methods of every diffusers pipeline, with the keyword arguments of its LoRA methods."""
+"""The `*_cersa_*` methods of every diffusers pipeline, with the same keyword arguments as its LoRA methods."""
 
 import os
 import warnings
@@ -24,17 +24,17 @@ from cersa_diffusion.pipelines.offload import without_offloading
 
 
 def pipeline_components(pipeline) -> dict[str, nn.Module]:
-    """The models of a diffusers pipeline that an adapter can change, by name.
+    """The models of a diffusers pipeline that an adapter can change: name -> model.
 
     Raises:
         ConfigError: the pipeline has neither a `unet` nor a `transformer`.
     """
-    found = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *TEXT_ENCODERS)}
-    # A model that went through torch.compile() is wrapped: the adapter's names are those of the model inside.
-    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
-    components = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *TEXT_ENCODERS)}
+    # torch.compile() wraps a model; adapters use the names of the model inside the wrapper.
+    modules = {name: getattr(module, "_orig_mod", module) for name, module in modules.items()}
+    components = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     if not set(DENOISERS) & set(components):
-        raise ConfigError(f"{type(pipeline).__name__} has neither a unet nor a transformer to adapt")
+        raise ConfigError(f"{type(pipeline).__name__} has neither a unet nor a transformer that CERSA can adapt")
     return components
 
 
@@ -49,21 +49,21 @@ def load_cersa_weights(
     allow_base_mismatch: bool = False,
     **hub_kwargs,
 ) -> None:
-    """Loads a CERSA adapter into this pipeline; nothing is touched when it does not fit.
+    """Loads a CERSA adapter into this pipeline; if it does not fit, the pipeline is not changed.
 
-    Adapters that are loaded already stay active: their changes add up. See `set_cersa_adapters`.
+    Adapters that are already loaded stay active, and the changes of all adapters add up. See `set_cersa_adapters`.
 
     Args:
-        pretrained_model_name_or_path_or_dict: a file, a folder that holds one, a model id on the hub, or what
-            `cersa_state_dict` returned (it is not changed).
-        weight_name: file name inside the folder or repository; default `pytorch_cersa_weights.safetensors`, in a folder
-            without it the only safetensors file.
-        adapter_name: name for the adapter; default "default_0", "default_1", ...
-        strength: factor of the adapter; 1 as trained, 0 the truncated base.
-        hotswap: put the numbers in the place of those of the loaded adapter `adapter_name`, without new layers: a compiled
-            model is not compiled again. Layers and ranks must fit into those that are there.
-        allow_base_mismatch: load with a warning where the base is another than the adapter was trained on.
-        hub_kwargs: subfolder, and what `huggingface_hub.hf_hub_download` takes (revision, token, cache_dir, ...).
+        pretrained_model_name_or_path_or_dict: a file, a folder that holds one, a model id on the hub, or the result of
+            `cersa_state_dict` (it is not changed).
+        weight_name: file name in the folder or repository; default `pytorch_cersa_weights.safetensors`, or the only
+            safetensors file of a folder that has no file of that name.
+        adapter_name: name of the adapter; default "default_0", "default_1", ...
+        strength: factor of the adapter: 1 is the trained adapter, 0 the truncated base.
+        hotswap: replace the weights of the loaded adapter `adapter_name` without new layers: a compiled model is not compiled
+            again. The layers and ranks must fit into those of the loaded adapter.
+        allow_base_mismatch: load with a warning if the adapter was trained on another base.
+        hub_kwargs: `subfolder`, and arguments of `huggingface_hub.hf_hub_download` (revision, token, cache_dir, ...).
 
     Raises:
         AdapterFormatError, BaseMismatchError, ConfigError, NonFiniteError: see `cersa_diffusion.load_adapter`.
@@ -83,23 +83,22 @@ def load_cersa_weights(
         else:
             load_adapter(components, adapter, adapter_name=adapter_name, **settings)
         for model in components.values():
-            _keep_disabled(model)
+            # The new layers of a disabled model are disabled, too.
+            if not all(layer.enabled for layer in cersa_layers(model).values()):
+                composition.disable_adapters(model)
 
 
 def cersa_state_dict(
     pretrained_model_name_or_path_or_dict: str | os.PathLike | dict, weight_name: str | None = None, **hub_kwargs
 ) -> dict[str, torch.Tensor | str]:
-    """Reads an adapter without loading it.
-
-    Args:
-        pretrained_model_name_or_path_or_dict, weight_name, hub_kwargs: see `load_cersa_weights`.
+    """Reads an adapter without loading it; the arguments are those of `load_cersa_weights`.
 
     Returns:
-        The tensors of the file by name, and its header (JSON) under the name "cersa".
+        Name -> tensor, and the header of the file (JSON) under the name "cersa".
 
     Raises:
         AdapterFormatError: the file cannot be found or read.
-        NonFiniteError: NaN or infinity in it.
+        NonFiniteError: the file holds NaN or infinity.
     """
     return to_state_dict(_read(pretrained_model_name_or_path_or_dict, weight_name, hub_kwargs))
 
@@ -117,44 +116,45 @@ def save_cersa_weights(
 ) -> None:
     """Saves one adapter of this pipeline as a file that `load_cersa_weights` reads.
 
-    An adapter that was loaded keeps what its header said about settings, base and training.
+    The header of a loaded adapter keeps its entries about settings, base and training.
 
     Args:
-        save_directory: folder for the file, made where it is missing.
-        adapter_name: which adapter; can be left out where there is only one.
+        save_directory: folder for the file; it is created if it does not exist.
+        adapter_name: may be left out if there is only one adapter.
         weight_name: name of the file; default `pytorch_cersa_weights.safetensors`.
-        is_main_process: write; the other processes of a distributed run pass False.
-        dtype, save_energy, save_bases: as `save_adapter`.
+        is_main_process: whether to write; the other processes of a distributed run pass False.
+        dtype, save_energy, save_bases: see `save_adapter`.
 
     Raises:
-        ConfigError: no such adapter, several without a name, the directory is a file, or a setting out of range.
+        ConfigError: the adapter does not exist, there are several adapters and no name is given, `save_directory` is a file, or
+            a setting is out of range.
         NonFiniteError: the adapter holds NaN or infinity; nothing is written.
     """
     components = pipeline_components(self)
     names = _adapter_names(components)
     if adapter_name is None and len(names) != 1:
-        raise ConfigError(f"the pipeline has the adapters {names}: say with adapter_name= which one to save")
+        raise ConfigError(f"the pipeline has the adapters {names}: choose with adapter_name= which one to save")
     adapter_name = adapter_name or names[0]
     _check_known(components, [adapter_name])
     if Path(save_directory).is_file():
-        raise ConfigError(f"{save_directory} is a file: give a directory, and the file's name as weight_name=")
+        raise ConfigError(f"{save_directory} is a file: pass a directory, and the name of the file as weight_name=")
     if not is_main_process:
         return
     cores = (layer.cores for model in components.values() for layer in cersa_layers(model).values())
-    facts = next(core[adapter_name].facts for core in cores if adapter_name in core)
+    header = next(core[adapter_name].facts for core in cores if adapter_name in core)
     source = getattr(getattr(self, "config", None), "_name_or_path", None)
-    facts = facts or {"base_model": {"name_or_path": source} if source else {}}
+    header = header or {"base_model": {"name_or_path": source} if source else {}}
     path = Path(save_directory) / (weight_name or DEFAULT_FILE_NAME)
-    stored = {"dtype": dtype, "save_energy": save_energy, "save_bases": save_bases}
-    save_adapter(components, path, adapter_name=adapter_name, **stored, **facts)
+    options = {"dtype": dtype, "save_energy": save_energy, "save_bases": save_bases}
+    save_adapter(components, path, adapter_name=adapter_name, **options, **header)
 
 
 def unload_cersa_weights(self) -> None:
-    """Removes all CERSA adapters, also fused ones, and puts the base weights back bit for bit.
+    """Removes all CERSA adapters, also fused ones, and restores the base weights bit for bit.
 
     Raises:
         ConfigError: a base weight was not kept (the model was injected for training), or a LoRA was loaded on a fused layer;
-            the pipeline is left as it is.
+            the pipeline is not changed.
     """
     components = pipeline_components(self)
     for model in components.values():
@@ -171,46 +171,44 @@ def fuse_cersa(
     safe_fusing: bool = False,
     adapter_names: str | Sequence[str] | None = None,
 ) -> None:
-    """Puts dense weights in the place of the CERSA layers; `unfuse_cersa` takes that back bit for bit.
+    """Replaces the CERSA layers by layers with dense weights; `unfuse_cersa` reverses this bit for bit.
 
     Args:
-        components: which models, by their names in the pipeline; all that have CERSA layers when left out.
-        cersa_scale: factor of all adapters, beside their own strengths.
+        components: names of the models in the pipeline; default: all models with CERSA layers.
+        cersa_scale: factor of all adapters, in addition to their strengths.
         safe_fusing: refuse weights that hold NaN or infinity.
-        adapter_names: the adapters to fuse; all active ones when left out.
+        adapter_names: the adapters to fuse; default: all active ones.
 
     Raises:
-        ConfigError: a component without CERSA layers or that is fused already, an adapter that is unknown or not active.
-        NonFiniteError: `safe_fusing` and a weight would hold NaN or infinity. In both cases nothing is fused.
+        ConfigError: a component has no CERSA layers or is already fused, or an adapter is unknown or not active.
+        NonFiniteError: with `safe_fusing`, a weight would hold NaN or infinity. In both cases nothing is fused.
     """
     models = _chosen_models(self, components)
     if not models:
         raise ConfigError("no component has CERSA layers to fuse: load an adapter first")
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    if names is not None:
+    names_to_fuse = {component: list(composition.active_adapters(model)) for component, model in models.items()}
+    if adapter_names is not None:
+        names = _as_list(adapter_names)
         _check_known(models, names)
-    elif not any(composition.active_adapters(model) for model in models.values()):
-        raise ConfigError("no adapter is active: enable_cersa() or set_cersa_adapters() first")
-    chosen = {}
+        present = {component: composition.adapter_names(model) for component, model in models.items()}
+        names_to_fuse = {component: [name for name in names if name in present[component]] for component in models}
+    elif not any(names_to_fuse.values()):
+        raise ConfigError("no adapter is active: call enable_cersa() or set_cersa_adapters() first")
     for component, model in models.items():
-        present = composition.adapter_names(model)
-        chosen[component] = (
-            list(composition.active_adapters(model)) if names is None else [name for name in names if name in present]
-        )
-        check_fusable(model, chosen[component])
+        check_fusable(model, names_to_fuse[component])
     with without_offloading(self), all_or_nothing(*models.values()):
         for component, model in models.items():
-            fuse(model, chosen[component], scale=cersa_scale, safe=safe_fusing)
+            fuse(model, names_to_fuse[component], scale=cersa_scale, safe=safe_fusing)
 
 
 def unfuse_cersa(self, components: str | Sequence[str] | None = None) -> None:
-    """Undoes `fuse_cersa`, bit for bit; does nothing where nothing is fused.
+    """Reverses `fuse_cersa` bit for bit; models that are not fused stay as they are.
 
     Args:
-        components: which models; all when left out.
+        components: names of the models in the pipeline; default: all models with CERSA layers.
 
     Raises:
-        ConfigError: an unknown component, or a LoRA was loaded on a fused layer; nothing is changed.
+        ConfigError: a component is unknown, or a LoRA was loaded on a fused layer; nothing is changed.
     """
     models = _chosen_models(self, components)
     with without_offloading(self), all_or_nothing(*models.values()):
@@ -219,68 +217,61 @@ def unfuse_cersa(self, components: str | Sequence[str] | None = None) -> None:
 
 
 def set_cersa_adapters(
-    self,
-    adapter_names: str | Sequence[str],
-    adapter_weights: Strength | Sequence[Strength | None] | None = None,
+    self, adapter_names: str | Sequence[str], adapter_weights: Strength | Sequence[Strength | None] | None = None
 ) -> None:
-    """Makes these adapters active with these strengths, and no others.
+    """Activates these adapters with these strengths, and deactivates all others.
 
     Args:
         adapter_names: one or several adapters.
-        adapter_weights: a strength for all of them, or a list with one for each; 1 when left out. A strength is a number or a
-            mapping by component, whose values are numbers or, for a UNet, mappings by block:
+        adapter_weights: one strength for all adapters, or a list with one strength for each; default 1. A strength is a number
+            or a mapping by component, whose values are numbers or, for a UNet, mappings by block:
             {'text_encoder': 0.5, 'unet': {"down": 1, "mid": 0.3, "up": {"block_0": 0.6, "block_1": [0, 0.5, 1]}}}.
-            What such a mapping leaves out is 1; a component that the pipeline does not have is ignored with a warning.
+            Entries that are missing in a mapping are 1; a component that the pipeline lacks is ignored with a warning.
 
     Raises:
-        ConfigError: an unknown adapter or block, not as many weights as names, or fused layers; nothing is changed.
+        ConfigError: an adapter or block is unknown, the numbers of weights and names differ, or layers are fused; nothing is
+            changed.
     """
-    components = pipeline_components(self)
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    components, names = pipeline_components(self), _as_list(adapter_names)
     weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
     if len(weights) != len(names):
-        raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for all, or one for each")
+        raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: pass one weight for all, or one for each")
     _check_known(components, names)
     present = {component: composition.adapter_names(model) for component, model in components.items()}
     for name, weight in zip(names, weights, strict=True):
         if isinstance(weight, Mapping):
-            _warn_of_ignored(name, weight, [component for component, found in present.items() if name in found])
+            adapted = [component for component in components if name in present[component]]
+            ignored = [component for component in weight if component not in adapted]
+            if ignored:
+                text = f"strengths for {ignored} are ignored: adapter {name!r} only changes {adapted} of this pipeline"
+                warnings.warn(text, stacklevel=2)
     with all_or_nothing(*components.values()):
         for component, model in components.items():
-            here = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present[component]]
-            strengths = [weight.get(component) if isinstance(weight, Mapping) else weight for _, weight in here]
-            composition.set_adapters(model, [name for name, _ in here], strengths)
+            weighted = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present[component]]
+            strengths = [weight.get(component) if isinstance(weight, Mapping) else weight for _, weight in weighted]
+            composition.set_adapters(model, [name for name, _ in weighted], strengths)
 
 
 def enable_cersa(self) -> None:
-    """Undoes `disable_cersa`.
-
-    Raises:
-        ConfigError: layers are fused; nothing is changed.
-    """
+    """Reverses `disable_cersa`. Raises ConfigError and changes nothing if layers are fused."""
     _on_all(self, composition.enable_adapters)
 
 
 def disable_cersa(self) -> None:
-    """Takes all CERSA adapters out of the forward pass and keeps their strengths: the truncated base is left.
+    """Removes all CERSA adapters from the forward pass, which then uses the truncated base; their strengths are kept.
 
-    Raises:
-        ConfigError: layers are fused; nothing is changed.
+    Raises ConfigError and changes nothing if layers are fused.
     """
     _on_all(self, composition.disable_adapters)
 
 
 def delete_cersa_adapters(self, adapter_names: str | Sequence[str]) -> None:
-    """Removes adapters. Layers that are left without any get their base weight back, where it was kept.
-
-    Args:
-        adapter_names: one or several adapters.
+    """Removes one or several adapters. Layers without another adapter get their base weight back if it was kept.
 
     Raises:
-        ConfigError: an unknown adapter, or fused layers; nothing is changed.
+        ConfigError: an adapter is unknown, or layers are fused; nothing is changed.
     """
-    components = pipeline_components(self)
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    components, names = pipeline_components(self), _as_list(adapter_names)
     _check_known(components, names)
     with without_offloading(self), all_or_nothing(*components.values()):
         for model in components.values():
@@ -291,32 +282,22 @@ def delete_cersa_adapters(self, adapter_names: str | Sequence[str]) -> None:
 
 
 def get_active_cersa_adapters(self) -> list[str]:
-    """Names of the adapters that take part in the forward pass; none while adapters are disabled."""
+    """Names of the adapters in the forward pass; empty while adapters are disabled."""
     models = pipeline_components(self).values()
     return list(dict.fromkeys(name for model in models for name in composition.active_adapters(model)))
 
 
 def get_list_cersa_adapters(self) -> dict[str, list[str]]:
-    """Component -> names of its adapters, for the components that have any."""
-    found = {component: composition.adapter_names(model) for component, model in pipeline_components(self).items()}
-    return {component: names for component, names in found.items() if names}
+    """Component -> names of its adapters, for all components with adapters."""
+    names_by_component = {component: composition.adapter_names(model) for component, model in pipeline_components(self).items()}
+    return {component: names for component, names in names_by_component.items() if names}
 
 
 def attach(pipeline_class: type) -> None:
-    """Gives the methods of this module to a pipeline class (a subclass would break saving and reloading)."""
-    for method in (
-        load_cersa_weights,
-        save_cersa_weights,
-        unload_cersa_weights,
-        fuse_cersa,
-        unfuse_cersa,
-        set_cersa_adapters,
-        enable_cersa,
-        disable_cersa,
-        delete_cersa_adapters,
-        get_active_cersa_adapters,
-        get_list_cersa_adapters,
-    ):
+    """Adds the methods of this module to a pipeline class (a subclass would break saving and reloading)."""
+    methods = [load_cersa_weights, save_cersa_weights, unload_cersa_weights, fuse_cersa, unfuse_cersa, set_cersa_adapters]
+    methods += [enable_cersa, disable_cersa, delete_cersa_adapters, get_active_cersa_adapters, get_list_cersa_adapters]
+    for method in methods:
         setattr(pipeline_class, method.__name__, method)
     pipeline_class.cersa_state_dict = staticmethod(cersa_state_dict)
 
@@ -328,8 +309,8 @@ def _read(source: str | os.PathLike | dict, weight_name: str | None, hub_kwargs:
 
 
 def _refuse_other_layers(components: dict[str, nn.Module], adapter: AdapterFile) -> None:
-    """Refuses to load onto fused layers and onto layers that carry a LoRA, and says what to do."""
-    # Imported here: slow, and only pipelines meet LoRA layers.
+    """Raises ConfigError if the adapter changes fused layers or layers with a LoRA."""
+    # Imported here: peft is slow to import, and only pipelines have LoRA layers.
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wanted = {key.replace(".text_model.", ".") for key in adapter.layers}
@@ -340,20 +321,24 @@ def _refuse_other_layers(components: dict[str, nn.Module], adapter: AdapterFile)
             key = f"{component}.{name}".replace(".text_model.", ".")
             if isinstance(module, BaseTunerLayer) and key in wanted:
                 raise ConfigError(
-                    f"layer {component}.{name} carries a LoRA: unload it (unload_lora_weights()), load the CERSA adapter, "
-                    "fuse it (fuse_cersa()), then load the LoRA again on top"
+                    f"layer {component}.{name} has a LoRA: unload the LoRA (unload_lora_weights()), load the CERSA adapter, "
+                    "fuse it (fuse_cersa()), then load the LoRA again"
                 )
 
 
 def _name_to_load(components: dict[str, nn.Module], adapter_name: str | None, hotswap: bool) -> str:
     loaded = _adapter_names(components)
     if hotswap and adapter_name not in loaded:
-        raise ConfigError(f"hotswap needs the adapter_name of a loaded adapter, found {adapter_name!r}; loaded are {loaded}")
+        raise ConfigError(f"hotswap needs the adapter_name of a loaded adapter, found {adapter_name!r}, loaded: {loaded}")
     if adapter_name is None:
         return next(name for name in (f"default_{i}" for i in range(len(loaded) + 1)) if name not in loaded)
     if adapter_name in loaded and not hotswap:
-        raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name, hotswap or unload it")
+        raise ConfigError(f"adapter {adapter_name!r} is already loaded: choose another adapter_name, set hotswap, or unload it")
     return adapter_name
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _adapter_names(components: Mapping[str, nn.Module]) -> list[str]:
@@ -364,33 +349,18 @@ def _check_known(components: Mapping[str, nn.Module], names: Sequence[str]) -> N
     known = _adapter_names(components)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"no adapter named {', '.join(map(repr, unknown))}, this pipeline has {known}")
+        raise ConfigError(f"this pipeline has no adapter {', '.join(map(repr, unknown))}, it has {known}")
 
 
 def _chosen_models(pipeline, components: str | Sequence[str] | None) -> dict[str, nn.Module]:
     models = pipeline_components(pipeline)
     if components is None:
         return {name: model for name, model in models.items() if cersa_layers(model)}
-    names = [components] if isinstance(components, str) else list(components)
+    names = _as_list(components)
     for name in names:
         if name not in models:
-            raise ConfigError(f"no component {name!r} to adapt in {type(pipeline).__name__}, it has {list(models)}")
+            raise ConfigError(f"{type(pipeline).__name__} has no component {name!r} to adapt, expected one of {list(models)}")
     return {name: models[name] for name in names}
-
-
-def _warn_of_ignored(adapter_name: str, weight: Mapping[str, object], components: list[str]) -> None:
-    ignored = [component for component in weight if component not in components]
-    if ignored:
-        warnings.warn(
-            f"strengths for {ignored} are ignored: adapter {adapter_name!r} changes {components} of this pipeline", stacklevel=3
-        )
-
-
-def _keep_disabled(model: nn.Module) -> None:
-    """Layers that a load has added to a disabled model are disabled as the others are."""
-    layers = cersa_layers(model).values()
-    if not all(layer.enabled for layer in layers):
-        composition.disable_adapters(model)
 
 
 def _on_all(pipeline, change) -> None:

@@ -1,4 +1,4 @@
-"""Changing the layers of a pipeline whose models are offloaded to the CPU: hooks off, change, the same hooks on again."""
+"""Changes of the layers of a pipeline with CPU offloading: the hooks are removed before the change and restored after it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,29 +10,29 @@ from cersa_diffusion.private_names import REAPPLY_GROUP_OFFLOADING
 
 @contextmanager
 def without_offloading(pipeline) -> Iterator[None]:
-    """Takes the offloading hooks of a diffusers pipeline off for the block, also when it raises.
+    """Removes the offloading hooks of a diffusers pipeline during the block and restores them, also after an error.
 
-    Hooks hold on to the tensors of the layers they were made for; new layers would be left on the wrong device. Only what was
-    there comes back: model offload, sequential offload or group offload, on the same device.
+    Hooks refer to the tensors of the layers that existed when the hooks were added; new layers would stay on the wrong device.
+    The same kind of offloading (model, sequential or group) is restored on the same device.
     """
     modules = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
-    enable_again = _offloading(pipeline, modules)
-    if enable_again:
+    offloading = _offloading(pipeline, modules)
+    if offloading:
         pipeline.remove_all_hooks()
     try:
         yield
     finally:
-        if enable_again:
-            method, device = enable_again
-            method(device=device)
+        if offloading:
+            enable, device = offloading
+            enable(device=device)
         for module in modules:
-            # diffusers has no public way to renew the groups; its own LoRA loader calls this after a change.
+            # diffusers has no public function that renews the groups; its LoRA loader calls this one after a change.
             REAPPLY_GROUP_OFFLOADING.get()(module)
 
 
 def _offloading(pipeline, modules: list[nn.Module]):
-    """(the method that put the hooks there, its device), or None. Hooks of a device map are not offloading."""
-    # Imported here: `import cersa_diffusion` should not wait for it.
+    """The method that added the hooks and its device, or None. The hooks of a device map do not offload."""
+    # Imported here: accelerate would make `import cersa_diffusion` slower.
     from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 
     def hooks_of(module: nn.Module) -> list:
@@ -45,7 +45,7 @@ def _offloading(pipeline, modules: list[nn.Module]):
     for module in modules:
         for hook_class, method in methods.items():
             if any(isinstance(hook, hook_class) for hook in hooks_of(module)):
-                # With sequential offload the hook of the whole model knows no device, those of its parts do.
-                hooks = (hook for part in module.modules() for hook in hooks_of(part))
+                # With sequential offload the hook of the whole model has no device, but those of its submodules have.
+                hooks = (hook for submodule in module.modules() for hook in hooks_of(submodule))
                 return method, next(hook.execution_device for hook in hooks if hook.execution_device is not None)
     return None

@@ -1,4 +1,4 @@
-"""Loading the base pipeline, and sampling class pictures from it."""
+"""Loads the base pipeline of a training or of an adapter."""
 
 import os
 
@@ -22,80 +22,77 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
-    """A text-to-image pipeline of a family that can be trained, from a folder or the hub, without its safety checker.
+    """Loads a text-to-image pipeline that can be trained, without its safety checker.
 
     Args:
-        name_or_path: a folder or a model id.
-        family: the only one that is accepted; None: any.
-        dtype: of all its models.
-        revision: on the hub.
-        variant: of the weight files.
+        name_or_path: a folder or a model id on the hub.
+        family: the expected family; None: any.
+        dtype: dtype of all models.
+        revision: revision on the hub.
+        variant: variant of the weight files.
 
     Raises:
-        ConfigError: no such folder or model, or not a text-to-image pipeline of this family.
+        ConfigError: the folder or model does not exist, or is not a text-to-image pipeline of this family.
     """
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
-        raise ConfigError(f"base {name_or_path}: no model_index.json in this folder, expected a diffusers pipeline")
+        raise ConfigError(f"base {name_or_path} holds no model_index.json, expected a diffusers pipeline")
     if not os.path.isdir(name_or_path) and not is_hub_id(name_or_path):
         raise ConfigError(f"base {name_or_path}: {NEITHER}")
     verbosity = diffusers_logging.get_verbosity()
     try:
-        # Silences the reminder about the safety checker, and the loader's traceback where the error below says it in a line.
+        # Hides the warning about the safety checker, and the traceback of the loader: the error below holds its message.
         diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-        found = _found_family(name_or_path, family, revision)
-        pipeline = found.pipeline_class.from_pretrained(
-            name_or_path, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **found.loading
+        stored_family = _stored_family(name_or_path, family, revision)
+        pipeline = stored_family.pipeline_class.from_pretrained(
+            name_or_path, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **stored_family.loading
         )
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = one_line(error)
-        raise ConfigError(
-            f"base {name_or_path}: cannot be loaded as a text-to-image pipeline from safetensors ({reason}); pickles are not read"
-        ) from error
+        raise _unreadable(name_or_path, error, "a text-to-image pipeline") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    problem = found.check(pipeline)
+    problem = stored_family.check(pipeline)
     if problem:
         raise ConfigError(f"base {name_or_path}: {problem}")
     return pipeline
 
 
-def _found_family(name_or_path: str, wanted: Family | None, revision: str | None) -> Family:
+def _stored_family(name_or_path: str, expected: Family | None, revision: str | None) -> Family:
     class_name = DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name")
-    found = family_of(class_name)
-    if found is None:
-        raise ConfigError(f"base {name_or_path}: a {class_name}, expected Stable Diffusion 1.x or 2.x, or SDXL, text to image")
-    if wanted not in (None, found):
-        raise ConfigError(f"base {name_or_path}: a {class_name}, which scripts/{found.script} trains")
-    return found
+    family = family_of(class_name)
+    if family is None:
+        raise ConfigError(f"base {name_or_path} is a {class_name}, expected text-to-image Stable Diffusion 1.x or 2.x, or SDXL")
+    if expected not in (None, family):
+        raise ConfigError(f"base {name_or_path} is a {class_name}, train it with scripts/{family.script}")
+    return family
+
+
+def _unreadable(base: str | os.PathLike, error: Exception, what: str) -> ConfigError:
+    return ConfigError(
+        f"base {base} cannot be loaded as {what} from safetensors ({one_line(error)}); pickles are not read: choose another base"
+    )
 
 
 def base_pipeline(adapter: AdapterFile, base: str | os.PathLike | None, dtype: torch.dtype = torch.float32):
     """Loads the base of an adapter, from safetensors only.
 
-    What a file says about its base is shown, never followed: whoever wrote the file could have this machine open any folder and
-    download any repository.
+    The base that the adapter file names is shown in an error, but never loaded: the author of the file could otherwise make this
+    machine open any folder and download any repository.
 
     Args:
-        adapter: the file's content.
+        adapter: the content of the adapter file.
         base: folder or hub id of a pipeline.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Raises:
-        ConfigError: no base is given (the message says what the file names), or it cannot be loaded.
+        ConfigError: no base is given (the message names the base in the file), or it cannot be loaded.
     """
-    # Imported here: the core of the package works without diffusers.
-    from diffusers import DiffusionPipeline
-
     if base is None:
-        named = adapter.base_model.get("name_or_path")
-        hint = f"it names {str(named)[:200]!a}" if named else "it names none"
-        raise ConfigError(f"{adapter.source}: say which base pipeline to load (base, or --base): {hint}")
+        name = adapter.base_model.get("name_or_path")
+        hint = f"the file names {str(name)[:200]!a}" if name else "the file names none"
+        raise ConfigError(f"{adapter.source}: choose the base pipeline to load (base, or --base): {hint}")
     try:
         return DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise ConfigError(
-            f"base {base}: cannot be loaded as a pipeline from safetensors ({reason}); pickles are not read: pass another base"
-        ) from error
+        raise _unreadable(base, error, "a pipeline") from error

@@ -1,13 +1,13 @@
-"""`save_pretrained` of models with CERSA layers: dense weights, which every stock loader reads to the same outputs.
+"""`save_pretrained` of models with CERSA layers: it writes dense weights, and `from_pretrained` loads a model with equal outputs.
 
-Written as they are, the factors would be unknown keys to `from_pretrained`, and the weights missing ones.
+`from_pretrained` would not recognise the keys of the factors, and would report the weights as missing.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
@@ -15,12 +15,19 @@ from cersa_diffusion.layers.model import replace_module
 
 
 @contextmanager
-def dense_weights(model: nn.Module) -> Iterator[None]:
-    """Plain layers with the effective weights (active adapters at their strengths), in CPU memory, for the time of the block."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear)}
+def dense_layers(
+    model: nn.Module, layers: Mapping[str, CersaLinear], weight: Callable[[str, CersaLinear], Tensor]
+) -> Iterator[None]:
+    """Replaces CERSA layers by dense layers during the block.
+
+    Args:
+        model: the model.
+        layers: name -> CERSA layer, for the layers to replace.
+        weight: (name, CERSA layer) -> dense weight.
+    """
     try:
         for name, layer in layers.items():
-            replace_module(model, name, as_dense(layer, layer.effective_weight().cpu()))
+            replace_module(model, name, as_dense(layer, weight(name, layer)))
         yield
     finally:
         for name, layer in layers.items():
@@ -28,12 +35,16 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
 
 
 def save_dense(model_class: type) -> None:
-    """Makes `save_pretrained` of a class of models (of diffusers or transformers) write dense weights."""
+    """Makes `save_pretrained` of a model class (of diffusers or transformers) write dense weights.
+
+    They are the effective weights: the active adapters at their strengths.
+    """
     original = model_class.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
-        with dense_weights(self):
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, CersaLinear)}
+        with dense_layers(self, layers, lambda _name, layer: layer.effective_weight().cpu()):
             return original(self, *args, **kwargs)
 
     model_class.save_pretrained = save_pretrained

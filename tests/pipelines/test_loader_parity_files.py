@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import cersa_diffusion as cersa
 from cersa_diffusion import AdapterFormatError, BaseMismatchError, CersaConfig, CersaLinear, ConfigError
+from cersa_diffusion.adapters.file import from_state_dict
 from cersa_diffusion.layers.model import cersa_layers
 
 from ..conftest import DEVICE, raises, randn
@@ -41,7 +42,7 @@ def test_parity_27_metadata_round_trip_is_exact(adapter_file, facts, tmp_path):
     pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="b")
     pipe.save_cersa_weights(tmp_path, adapter_name="a", weight_name="second.safetensors")
     written = pipe.cersa_state_dict(tmp_path / "second.safetensors")["cersa"]
-    found = cersa.adapter_file.from_state_dict(pipe.cersa_state_dict(tmp_path / "second.safetensors"))
+    found = from_state_dict(pipe.cersa_state_dict(tmp_path / "second.safetensors"))
     assert {"config": found.config, "base_model": found.base_model, "training": found.training} == facts
     assert written == pipe.cersa_state_dict(tmp_path / "first.safetensors")["cersa"]
 
