@@ -2,7 +2,7 @@
 
 import sys
 
-from cersa_doctor.command import main
+from cersa_doctor.entry import main
 
 sys.argv.insert(1, "doctor")
 main()

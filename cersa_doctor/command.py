@@ -1,22 +1,10 @@
-"""The entry point of the `cersa` command: `cersa doctor` runs without importing the packages that it examines."""
+"""`cersa doctor`: its options and what it prints."""
 
 import argparse
 import json
 import sys
 
 HELP = "report what is installed, what works, and how to repair the rest"
-
-
-def main() -> None:
-    """Entry point of the `cersa` command."""
-    if sys.argv[1:2] == ["doctor"]:
-        parser = argparse.ArgumentParser(prog="cersa doctor", description=HELP)
-        add_arguments(parser)
-        sys.exit(run(parser.parse_args(sys.argv[2:])))
-    # Imported here: it imports torch, transformers and diffusers, one of which may be broken.
-    from cersa_diffusion.cli.command import main as other_commands
-
-    other_commands()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +22,3 @@ def run(arguments: argparse.Namespace) -> int:
     report = examine()
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
     return 1 if report.problems else 0
-
-
-if __name__ == "__main__":
-    main()

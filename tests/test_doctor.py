@@ -74,7 +74,7 @@ def test_broken_and_missing_packages_are_lines_of_the_report(broken):
 
 
 def test_the_command_reaches_the_doctor_where_the_package_cannot_be_imported(broken):
-    code = "import sys; sys.argv[1:] = ['doctor', '--json']; from cersa_doctor.command import main; main()"
+    code = "import sys; sys.argv[1:] = ['doctor', '--json']; from cersa_doctor.entry import main; main()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(broken), str(REPOSITORY)])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     report = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Adds `cersa doctor` to the commands; `cersa_doctor.command` runs it without importing this package."""
+"""Adds `cersa doctor` to the commands; `cersa_doctor.entry` runs it without importing this package."""
 
 import argparse
 import sys
