@@ -119,8 +119,13 @@ class SparseCore(Core):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def compact(self) -> Tensor:
-        matrix = self.values.new_zeros(self.rank, self.rank)
-        return matrix.index_put((self.places[0], self.places[1]), torch.sigmoid(self.gate) * self.values)
+        return sparse_matrix(self.rank, self.places, self.gate, self.values)
+
+
+def sparse_matrix(rank: int, places: Tensor, gate: Tensor, values: Tensor) -> Tensor:
+    """The (rank, rank) matrix with ``sigmoid(gate) * values`` at `places` and zeros elsewhere."""
+    matrix = values.new_zeros(rank, rank)
+    return matrix.index_put((places[0].to(values.device), places[1].to(values.device)), torch.sigmoid(gate) * values)
 
 
 def banded_places(rank: int, off_diagonals: int) -> Tensor:
