@@ -47,9 +47,6 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder in `folder`; when the block ends, its content is flushed and moved into `folder`.
 
     Existing files and folders of the same names are replaced one by one, each as a whole. If the block fails, nothing is moved.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written to.
     """
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
@@ -96,12 +93,7 @@ def flush(path: Path) -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file, which depend only on its content: safetensors itself orders metadata at random.
-
-    Args:
-        tensors: name -> tensor, on any device.
-        metadata: text entries of the header.
-    """
+    """The bytes of a safetensors file, which depend only on its content: safetensors itself orders metadata at random."""
     content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata=dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -122,12 +114,7 @@ NEITHER = "no such folder, and not the form of a hub id (owner/name)"
 
 
 def is_hub_id(name: str, *, owner: bool = True) -> bool:
-    """Whether a name has the form of an id on the hub.
-
-    Args:
-        name: for example "owner/name".
-        owner: require the owner; if False, a name without one is accepted too, as for the first models on the hub.
-    """
+    """Whether a name has the form "owner/name" of an id on the hub; `owner=False` also accepts ids without owner (old models)."""
     slashes = name.count("/")
     return (slashes == 1 or (slashes == 0 and not owner)) and not name.startswith((".", "/", "~"))
 

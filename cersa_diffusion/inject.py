@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,18 +13,14 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
-from cersa_diffusion.layers.model import (
-    cersa_layers,
-    check_layers,
-    fused_layers,
-    installed_layers,
-    match_targets,
-    replace_module,
-)
+from cersa_diffusion.layers.model import cersa_layers, check_layers, installed_layers, match_targets, replace_module
 from cersa_diffusion.memory.budget import select_ranks
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
+
+# By layer name; None for a layer that stays dense.
+RanksByLayer: TypeAlias = Mapping[str, LayerRanks | None]
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,8 @@ class InjectionReport:
 
 
 def _known_ranks(
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    config: CersaConfig,
-    ranks: Mapping[str, LayerRanks | None] | None,
-    show_progress: bool,
-) -> Mapping[str, LayerRanks | None] | None:
+    model: nn.Module, targets: dict[str, nn.Module], config: CersaConfig, ranks: RanksByLayer | None, show_progress: bool
+) -> RanksByLayer | None:
     """The ranks that are known before the injection: the caller's, or those for the memory budget; None if alpha decides."""
     if ranks is None:
         if config.memory_budget is None:
@@ -108,7 +101,7 @@ def inject_cersa(
     config: CersaConfig,
     adapter_name: str = "default",
     *,
-    ranks: Mapping[str, LayerRanks | None] | None = None,
+    ranks: RanksByLayer | None = None,
     keep_base: bool = False,
     show_progress: bool = True,
 ) -> InjectionReport:
@@ -152,7 +145,7 @@ def _build_layers(
     targets: dict[str, nn.Module],
     config: CersaConfig,
     adapter_name: str,
-    ranks: Mapping[str, LayerRanks | None] | None,
+    ranks: RanksByLayer | None,
     keep_base: bool,
     show_progress: bool,
 ) -> Iterator[tuple[CersaLinear, LayerReport]]:
@@ -168,21 +161,15 @@ def _build_layers(
         LayerJob.of(name, matrix_of(targets[name]), lambda s, choose_ranks=ranks_of[name]: choose_ranks(s).kept, stored)
         for name, stored in stored_weights.items()
     ]
+    skip_unprofitable = ranks is None and config.unprofitable == "skip"
+    keep = {"keep_residual": config.residual == "keep", "keep_base": keep_base}
     with decompose_layers(jobs, show_progress=show_progress) as decomposed:
         for name, factors in decomposed:
             linear, layer_ranks = targets[name], ranks_of[name](factors.s)
-            skip_unprofitable = ranks is None and config.unprofitable == "skip"
             if skip_unprofitable and not is_profitable(*matrix_of(linear).shape, layer_ranks, config):
                 continue
-            layer = build_layer(
-                linear,
-                factors,
-                layer_ranks.kept,
-                keep_residual=config.residual == "keep",
-                keep_base=keep_base,
-                stored=stored_weights[name],
-                pivots=factors.pivots,
-            )
+            options = {**keep, "stored": stored_weights[name], "pivots": factors.pivots}
+            layer = build_layer(linear, factors, layer_ranks.kept, **options)
             layer.add_core(adapter_name, new_core(name, config, layer_ranks, factors))
             yield layer, _report(name, layer, adapter_name, factors.s)
 
@@ -221,7 +208,7 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
     Raises:
         ConfigError: a weight was not kept; the model is not changed.
     """
-    layers, fused = cersa_layers(model), fused_layers(model)
+    layers, modules = cersa_layers(model), installed_layers(model)
     if layer_names is not None:
         layers = {name: layers[name] for name in layer_names}
     # All weights are read before anything is changed, because a checkpoint on disk may be gone.
@@ -233,7 +220,7 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
                 "the model again"
             )
     for name, layer in layers.items():
-        current = fused[name].weight if name in fused else layer.U
+        current = modules[name].weight if isinstance(modules[name], FusedLinear) else layer.U
         if layer.is_base:
             for adapter_name in list(layer.cores):
                 layer.delete_core(adapter_name)

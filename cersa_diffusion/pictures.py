@@ -52,12 +52,7 @@ def picture_paths(folder: str | Path, what: str) -> list[Path]:
 
 
 def warn_of_skipped(skipped: Iterable[tuple[str, str]], opening: str) -> None:
-    """Gives one warning that names everything that was skipped, with the reasons; no warning if nothing was skipped.
-
-    Args:
-        skipped: (name, reason) pairs.
-        opening: the beginning of the warning.
-    """
+    """Gives one warning that begins with `opening` and lists all (name, reason) pairs; no warning if nothing was skipped."""
     listed = ", ".join(f"{name} ({reason})" for name, reason in skipped)
     if listed:
         warnings.warn(f"{opening}: {listed}", stacklevel=3)
@@ -93,9 +88,6 @@ def picture_fault(source: Path | BinaryIO) -> str | None:
 
 def load_picture(source: Path | BinaryIO) -> Image.Image:
     """The first frame of a picture as 8-bit RGB, turned upright, with transparent areas on white.
-
-    Args:
-        source: a path, or an open binary file.
 
     Raises:
         ValueError: the picture has 32-bit pixels, whose value for white is unknown.

@@ -81,13 +81,10 @@ CHECKPOINTING_METHODS = ("enable_gradient_checkpointing", "activation_checkpoint
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Makes a model recompute its activations in the backward pass, under any of the names of this method.
-
-    Args:
-        model: a model of diffusers or transformers.
+    """Makes a model of diffusers or transformers recompute its activations in the backward pass.
 
     Raises:
-        ConfigError: the model has none of these methods.
+        ConfigError: the model has no method for it.
     """
     method = next((name for name in CHECKPOINTING_METHODS if hasattr(model, name)), None)
     if method is None:

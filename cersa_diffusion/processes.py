@@ -18,9 +18,7 @@ def several() -> bool:
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process; all processes must call this at the same point and get the same answer.
 
-    Args:
-        flag: the flag of this process.
-        device: the device on which the processes exchange tensors.
+    `device` is the device on which the processes exchange tensors.
     """
     if not several():
         return flag

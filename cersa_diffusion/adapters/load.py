@@ -197,14 +197,9 @@ def _base_difference(singular_values: torch.Tensor, entries: tuple[float, ...], 
 
 
 def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | None:
-    """The core of a stored layer in the coordinates of a decomposition of its base.
+    """The (r, r) float32 core of a stored layer in the coordinates of a decomposition of its base.
 
-    Args:
-        factors: at least the kept singular triplets, in any floating dtype.
-        stored: the layer.
-
-    Returns:
-        (r, r) float32, or None if the pivot rows or columns of these factors are dependent.
+    `factors` hold at least the kept singular triplets. The result is None if their pivot rows or columns are dependent.
     """
     region = slice(stored.offset, stored.offset + stored.core_rank)
     try:

@@ -37,10 +37,7 @@ def warn_of_other_truncation(layers: Iterable[tuple[str, nn.Module, StoredLayer]
     """Warns if layers keep another number of components than in the training of the adapter.
 
     The weight changes of the adapter are still exact, because they use only kept components; the truncated base is another one.
-
-    Args:
-        layers: name, module and stored layer, for all layers that the adapter changes.
-        source: the file of the adapter, for the warning.
+    `layers` are name, module and stored layer of all layers that the adapter changes.
     """
     layers = list(layers)
     differing = [

@@ -68,10 +68,9 @@ class TensorCache:
 
     @classmethod
     def default(cls, part: str = "") -> "TensorCache | None":
-        """The cache that the environment names, by default in the user's cache folder; None if it is off.
+        """The cache (or the sub-folder `part` of it) that the environment names; None if it is off.
 
-        Args:
-            part: sub-folder for entries that are not decompositions.
+        By default it is in the user's cache folder.
 
         Raises:
             ConfigError: `CERSA_CACHE_LIMIT` is not a positive number.

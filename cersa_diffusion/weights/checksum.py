@@ -8,24 +8,13 @@ NO_CHECKSUM = "0" * 64
 
 
 def write_checksum(content: bytearray | mmap.mmap, marker: bytes) -> None:
-    """Replaces `NO_CHECKSUM` by the checksum.
-
-    Args:
-        content: the whole file, in memory or mapped; changed in place.
-        marker: the bytes in front of the digits.
-    """
+    """Replaces `NO_CHECKSUM` behind the bytes `marker` by the checksum, in place; `content` is the whole file."""
     start = content.find(marker) + len(marker)
     content[start : start + 64] = _digest(content, start)
 
 
 def is_intact(content: bytes | mmap.mmap, marker: bytes, end: int) -> bool:
-    """Whether every byte of a file is as `write_checksum` left it.
-
-    Args:
-        content: the whole file, in memory or mapped.
-        marker: the bytes in front of the digits.
-        end: the marker is searched before this position.
-    """
+    """Whether every byte of a file is as `write_checksum` left it; the marker is searched only before the position `end`."""
     marker_start = content.find(marker, 0, end)
     start = marker_start + len(marker)
     return marker_start >= 0 and content[start : start + 64] == _digest(content, start)

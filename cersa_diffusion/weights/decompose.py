@@ -101,15 +101,7 @@ def _results(
 
 
 def shares(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Splits jobs into parts of about equal cost: each job, from the most expensive on, goes to the cheapest part so far.
-
-    Args:
-        costs: the cost of each job.
-        parts: the number of parts.
-
-    Returns:
-        The indices of the jobs of each part; every job is in exactly one of them.
-    """
+    """The job indices of `parts` parts of about equal cost: each job, from the most expensive on, goes to the cheapest part."""
     job_indices, loads = [[] for _ in range(parts)], [0] * parts
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         cheapest = loads.index(min(loads))

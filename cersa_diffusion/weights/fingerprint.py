@@ -29,10 +29,7 @@ def base_entries(weight: Tensor) -> tuple[float, ...]:
 
 
 def base_difference(
-    singular_values: Tensor,
-    entries: Sequence[float],
-    expected_values: Sequence[float],
-    expected_entries: Sequence[float],
+    singular_values: Tensor, entries: Sequence[float], expected_values: Sequence[float], expected_entries: Sequence[float]
 ) -> tuple[float, float]:
     """The difference between a weight and a fingerprint.
 

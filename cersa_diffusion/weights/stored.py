@@ -132,15 +132,7 @@ class Checkpoint:
 
 
 def finest_weight(weight: Tensor, stored: StoredWeight | None) -> Tensor:
-    """The weight to decompose: the stored one if it is more exact than the one in memory.
-
-    Args:
-        weight: (m, n) in memory.
-        stored: the reference to it in the checkpoint, or None.
-
-    Returns:
-        (m, n) tensor on the device of `weight`.
-    """
+    """The weight to decompose, on the device of `weight`: the stored one if it is more exact than the one in memory."""
     if stored is None or stored.rounding >= torch.finfo(weight.dtype).eps:
         return weight
     tensor = stored.read(rounded=False)
