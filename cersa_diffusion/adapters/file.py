@@ -149,7 +149,7 @@ def _tensors(adapter: AdapterFile) -> dict[str, Tensor]:
 
 
 def _header_text(adapter: AdapterFile) -> str:
-    """The only metadata entry: safetensors writes several ones in random order, but equal adapters have to give equal bytes."""
+    """The only metadata entry: safetensors writes several in random order, but equal adapters must give equal bytes."""
     header = {
         "format_version": FORMAT_VERSION,
         "layers": {name: layer.facts() for name, layer in adapter.layers.items()},
