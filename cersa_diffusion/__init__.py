@@ -1,7 +1,7 @@
 """CERSA for diffusers: fine-tuning inside the principal subspace of every linear layer (arXiv 2605.08174).
 
-Importing this package gives `load_cersa_weights` and its family to every diffusers pipeline, and makes `save_pretrained` of
-models with CERSA layers write dense weights.
+Importing this package adds `load_cersa_weights` and the methods around it to every diffusers pipeline, and makes
+`save_pretrained` write dense weights for models with CERSA layers.
 """
 
 from importlib.util import find_spec
@@ -28,16 +28,16 @@ from cersa_diffusion.layers.model import trainable_parameters
 from cersa_diffusion.memory.plan import MemoryPlan, choose_ranks, plan_memory
 from cersa_diffusion.versions import check_versions
 
-# The core works without diffusers: other torch models, smaller installations.
+# The core also works without diffusers: for other torch models and for smaller installations.
 if find_spec("diffusers"):
     try:
         from diffusers import DiffusionPipeline, ModelMixin
         from transformers import PreTrainedModel
     except (ImportError, RuntimeError):
-        check_versions()  # names the pair of packages that is known to end like this, if it is one
+        check_versions()  # raises a clearer error if the installed packages are a pair that is known to fail
         raise
 
-    from cersa_diffusion.interop.lora import LoraExport, export_lora  # noqa: F401 (without diffusers there is none)
+    from cersa_diffusion.interop.lora import LoraExport, export_lora  # noqa: F401 (exists only with diffusers)
     from cersa_diffusion.pipelines.methods import attach
     from cersa_diffusion.pipelines.saving import save_dense
 

@@ -1,7 +1,7 @@
 """The mathematics of CERSA on tensors: spectrum, rank for an energy share, forward pass, basis-free storage of a core.
 
-Notation: a frozen ``W`` (m x n) is cut to ``U`` (m x k), ``s`` (k) and ``Vh`` (k x n), the leading singular triplets; the
-trainable core ``D`` (r x r) on r of the k components, usually the leading ones, changes the weight by
+Notation: a frozen ``W`` (m x n) is truncated to its leading singular triplets ``U`` (m x k), ``s`` (k) and ``Vh`` (k x n). The
+trainable core ``D`` (r x r) acts on r of the k components, usually the leading ones, and changes the weight by
 ``dW = U[:, o:o+r] D Vh[o:o+r]``.
 """
 
@@ -21,30 +21,30 @@ class Decomposition(NamedTuple):
 
 
 class Pivots(NamedTuple):
-    """Rows and columns where a weight change of full core rank is read off: int64 indices on the CPU."""
+    """The rows and columns of a weight change that determine its core: int64 indices on the CPU."""
 
     rows: Tensor
     columns: Tensor
 
 
 def float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64 without gradient, on its device or, where that has no float64 (Apple's MPS), on the CPU."""
+    """The tensor in float64 without gradient, on its device, or on the CPU if the device has no float64 (Apple's MPS)."""
     device = "cpu" if tensor.device.type == "mps" else tensor.device
     return tensor.detach().to(device).double()
 
 
-# Below this ratio of smallest to largest singular value, squaring the matrix costs digits that float32 bases would show.
+# Below this ratio of smallest to largest singular value, squaring the matrix loses digits that float32 bases still hold.
 GRAM_CONDITION = 6e-5
 
 
 def decompose(weight: Tensor) -> Decomposition:
     """Thin singular value decomposition in float64.
 
-    Through the eigenvectors of the smaller Gram matrix, which takes about half the time of a full SVD and loses nothing that
-    float32 could hold, unless the matrix is so badly conditioned (or rank-deficient) that the full SVD is needed.
+    It uses the eigenvectors of the smaller Gram matrix, which takes about half the time of a full SVD and loses nothing that
+    float32 can hold. A badly conditioned or rank-deficient matrix gets the full SVD.
 
     Args:
-        weight: (m, n) matrix of any floating dtype; pass it as the checkpoint stores it, not cast down for compute.
+        weight: (m, n) matrix of any floating dtype; pass it as the checkpoint stores it, not cast to a compute dtype.
 
     Returns:
         float64 factors of shapes (m, p), (p,) and (p, n), with p = min(m, n), on the weight's device (see `float64`).
@@ -52,40 +52,40 @@ def decompose(weight: Tensor) -> Decomposition:
     weight = float64(weight)
     wide = weight.shape[0] < weight.shape[1]
     tall = weight.T if wide else weight
-    eigenvalues, vectors = torch.linalg.eigh(tall.T @ tall)
-    values, vectors = eigenvalues.clamp_min(0).sqrt().flip(0), vectors.flip(1)
-    if not values[-1] > GRAM_CONDITION * values[0]:
+    eigenvalues, right = torch.linalg.eigh(tall.T @ tall)
+    s, right = eigenvalues.clamp_min(0).sqrt().flip(0), right.flip(1)
+    if not s[-1] > GRAM_CONDITION * s[0]:
         return Decomposition(*torch.linalg.svd(weight, full_matrices=False))
-    other = (tall @ vectors) / values
-    return Decomposition(vectors, values, other.T) if wide else Decomposition(other, values, vectors.T)
+    left = (tall @ right) / s
+    return Decomposition(right, s, left.T) if wide else Decomposition(left, s, right.T)
 
 
 def energy_rank(singular_values: Tensor, share: float) -> int:
-    """Smallest k whose leading values hold at least `share` of the squared-singular-value energy (CERSA, Eq. 2).
+    """The smallest k whose leading values hold at least `share` of the squared-singular-value energy (CERSA, Eq. 2).
 
     Args:
         singular_values: (p,) non-negative, descending.
         share: alpha or beta, in (0, 1].
 
     Returns:
-        k in 1..p; 1 for a matrix of zeros, which has no energy to divide.
+        k in 1..p; 1 for a matrix of zeros, which has no energy.
     """
     energy = float64(singular_values).square().cumsum(0)
     if energy[-1] == 0:
         return 1
-    # Divided, not multiplied: a share that is hit exactly (.9 of 9 + 1) then compares equal in floating point.
+    # Division instead of multiplication: a share that is reached exactly (0.9 of 9 + 1) then compares equal in floating point.
     return int((energy / energy[-1] < share).sum()) + 1
 
 
 def kept_energy(singular_values: Tensor, rank: int) -> float:
-    """Share of the squared-singular-value energy in the leading `rank` values: the alpha that this rank amounts to.
+    """The share of the squared-singular-value energy in the leading `rank` values: the alpha that gives this rank.
 
     Args:
         singular_values: (p,) non-negative, descending.
         rank: k in 1..p.
 
     Returns:
-        A share in (0, 1]; 1 for a matrix of zeros, of which nothing is lost.
+        A share in (0, 1]; 1 for a matrix of zeros, which loses nothing.
     """
     energy = float64(singular_values).square().cumsum(0)
     return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
@@ -103,8 +103,7 @@ def cersa_linear(
 ) -> Tensor:
     """``y = U (s * h + pad(D h[o:o+r])) + R x + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
 
-    Thin products under plain autograd: with frozen factors only the changed part of `h` (tokens x r) is saved for the backward
-    pass.
+    Autograd saves only the changed part of `h` (tokens x r) for the backward pass, because the factors are frozen.
 
     Args:
         x: (..., n) input.
@@ -113,29 +112,29 @@ def cersa_linear(
         core: change of the core in any floating dtype, (r, r) or its diagonal (r,); None for the truncated layer.
         bias: (m,) or None.
         offset: o, the first component that the core changes.
-        residual: (m, n) part of the weight outside the kept components, None where it is dropped.
+        residual: (m, n) part of the weight outside the kept components, or None if it is dropped.
 
     Returns:
-        (..., m) output, dtype as `torch.nn.functional.linear` gives it for the bases (autocast included).
+        (..., m) output in the dtype that `torch.nn.functional.linear` returns for the bases (autocast included).
     """
     h = F.linear(x, Vh)
     scaled = (h * s).to(h.dtype)
     if core is not None:
         rank = core.shape[0]
-        # A copy where the core is smaller than h: a view would keep all of h for the backward pass.
+        # A copy if the core is smaller than h: a view would keep all of h for the backward pass.
         region = h[..., offset : offset + rank].contiguous()
         change = (region * core).to(h.dtype) if core.ndim == 1 else F.linear(region, core.to(h.dtype))
         scaled = scaled + F.pad(change, (offset, h.shape[-1] - offset - rank))
     if residual is not None:
-        # Two products with the bias in the second: adding it on its own would raise the dtype under autocast.
+        # The second product adds the bias: a separate addition would raise the dtype under autocast.
         return F.linear(scaled, U) + F.linear(x, residual, bias)
     return F.linear(scaled, U, bias)
 
 
 def pivot_rows(basis: Tensor) -> Tensor:
-    """The r rows that span the basis best: the pivots of an LU factorisation, on the device that the basis is on.
+    """The r rows that span the basis best: the pivots of an LU factorisation, which runs on the device of the basis.
 
-    Elimination goes from column to column, so the first q of them are the pivots of the first q columns.
+    Elimination proceeds column by column, so the first q of them are the pivots of the first q columns.
 
     Args:
         basis: (m, r) with independent columns, r <= m.
@@ -143,15 +142,15 @@ def pivot_rows(basis: Tensor) -> Tensor:
     Returns:
         (r,) int64 row indices, in the order in which they are picked, on the CPU.
     """
-    swaps = torch.linalg.lu_factor_ex(float64(basis)).pivots.tolist()
+    swapped_rows = torch.linalg.lu_factor_ex(float64(basis)).pivots.tolist()
     order = list(range(len(basis)))
-    for step, row in enumerate(swaps):
+    for step, row in enumerate(swapped_rows):
         order[step], order[row - 1] = order[row - 1], order[step]
     return torch.tensor(order[: basis.shape[1]])
 
 
 def choose_pivots(U: Tensor, Vh: Tensor) -> Pivots:
-    """Pivot rows of U (m, r) and pivot columns of Vh (r, n); their first q are those of the first q components."""
+    """Pivot rows of U (m, r) and pivot columns of Vh (r, n); the first q of each belong to the first q components."""
     return Pivots(pivot_rows(U), pivot_rows(Vh.T))
 
 
@@ -186,14 +185,14 @@ def block_to_core(block: Tensor, U: Tensor, Vh: Tensor, rows: Tensor, columns: T
 
 
 def low_rank_factors(core: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The leading part of a core as a product ``L R`` with as few columns as hold a share of its squared energy.
+    """The leading part of a core as a product ``L R``, with the fewest columns that hold a share of its squared energy.
 
     Args:
         core: (r, r).
         share: in (0, 1].
 
     Returns:
-        L (r, q) and R (q, r) in float64, the singular values shared between them by their roots.
+        L (r, q) and R (q, r) in float64; each contains the square roots of the singular values.
     """
     U, s, Vh = torch.linalg.svd(float64(core))
     q = energy_rank(s, share)

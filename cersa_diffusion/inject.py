@@ -1,8 +1,9 @@
-"""Which layers of a model become CERSA layers, and replacing them in place."""
+"""Injection: replacing linear layers of a model by CERSA layers, and the ways back."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,16 +13,19 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
-from cersa_diffusion.layers.model import _places, cersa_layers, check_layers, fused_layers, match_targets, replace_module
+from cersa_diffusion.layers.model import cersa_layers, check_layers, installed_layers, match_targets, replace_module
 from cersa_diffusion.memory.budget import select_ranks
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
 
+# By layer name; None for a layer that stays dense.
+RanksByLayer: TypeAlias = Mapping[str, LayerRanks | None]
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What injection did to one layer: shapes, ranks, numbers trained and frozen, and the share of energy that is kept."""
+    """The result for one layer: its shape and ranks, the counts of trained and frozen numbers, and the kept share of energy."""
 
     name: str
     out_features: int
@@ -35,12 +39,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What injection did to a model; ``str()`` is one line.
+    """The result of an injection; ``str()`` gives one line.
 
     Attributes:
         layers: the layers that were replaced.
-        skipped: names of the targets that were left alone (`unprofitable="skip"`).
-        seconds: time it took.
+        skipped: names of the targets that stayed dense (`unprofitable="skip"`).
+        seconds: duration of the injection.
     """
 
     layers: list[LayerReport]
@@ -49,17 +53,17 @@ class InjectionReport:
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers in all cores."""
+        """Count of the numbers in all cores."""
         return sum(layer.core_parameters for layer in self.layers)
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers in the weights that were replaced."""
+        """Count of the numbers in the replaced weights."""
         return sum(layer.out_features * layer.in_features for layer in self.layers)
 
     @property
     def frozen_parameters(self) -> int:
-        """Numbers in U, s, Vh and what else is kept frozen."""
+        """Count of the numbers in U, s, Vh and all other frozen tensors."""
         return sum(layer.frozen_parameters for layer in self.layers)
 
     def __str__(self) -> str:
@@ -70,27 +74,25 @@ class InjectionReport:
         )
 
 
-def _ranks_given(
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    config: CersaConfig,
-    ranks: Mapping[str, LayerRanks | None] | None,
-    show_progress: bool,
-) -> Mapping[str, LayerRanks | None] | None:
-    """The ranks that are known before the decomposition: the caller's, or those a memory budget comes to; None: by alpha."""
+def _known_ranks(
+    model: nn.Module, targets: dict[str, nn.Module], config: CersaConfig, ranks: RanksByLayer | None, show_progress: bool
+) -> RanksByLayer | None:
+    """The ranks that are known before the injection: the caller's, or those for the memory budget; None if alpha decides."""
     if ranks is None:
         if config.memory_budget is None:
             return None
-        named = {f"model.{name}": (linear, config) for name, linear in targets.items()}
-        selected = select_ranks({"model": model}, named, show_progress=show_progress)
-        return {layer.name.removeprefix("model."): own for layer, own in selected}
+        candidates = {f"model.{name}": (linear, config) for name, linear in targets.items()}
+        selected = select_ranks({"model": model}, candidates, show_progress=show_progress)
+        return {layer.name.removeprefix("model."): layer_ranks for layer, layer_ranks in selected}
     if set(ranks) != set(targets):
         differing = sorted(set(ranks) ^ set(targets))
         raise ConfigError(f"ranks and targets differ in {len(differing)} layers, e.g. {differing[:3]}: give ranks for each")
-    for name, own in ranks.items():
+    for name, layer_ranks in ranks.items():
         shape = tuple(matrix_of(targets[name]).shape)
-        if own is not None and not 1 <= own.core <= own.kept <= min(shape):
-            raise ConfigError(f"layer {name} of shape {shape} cannot have {own}: expected 1 <= core <= kept <= {min(shape)}")
+        if layer_ranks is not None and not 1 <= layer_ranks.core <= layer_ranks.kept <= min(shape):
+            raise ConfigError(
+                f"layer {name} of shape {shape} cannot have {layer_ranks}: expected 1 <= core <= kept <= {min(shape)}"
+            )
     return ranks
 
 
@@ -99,78 +101,76 @@ def inject_cersa(
     config: CersaConfig,
     adapter_name: str = "default",
     *,
-    ranks: Mapping[str, LayerRanks | None] | None = None,
+    ranks: RanksByLayer | None = None,
     keep_base: bool = False,
     show_progress: bool = True,
 ) -> InjectionReport:
     """Replaces the target linear layers of a model by CERSA layers with zero cores; only the cores stay trainable.
 
-    All or nothing: every layer is checked and decomposed before the first one is replaced. Decompositions are kept in the
-    on-disk cache (see `cersa_diffusion.weights.cache`), from which the next injection or load takes them.
+    All or nothing: every layer is checked and decomposed before the first one is replaced. The on-disk cache keeps the
+    decompositions for the next injection or load (see `cersa_diffusion.weights.cache`).
 
     Args:
         model: any torch model; changed in place.
-        config: energy shares and targets. A memory budget counts this model alone, in the dtypes it has and with AdamW.
+        config: energy shares and targets. A memory budget counts only this model, in its present dtypes and with AdamW.
         adapter_name: name of the cores.
-        ranks: layer name -> ranks, or None for a layer that stays dense: what `choose_ranks` made of a budget that several
-            models share, or of other conditions of training. They come before those of the settings.
-        keep_base: see to it that `restore_base` can put the replaced weights back: a copy in CPU memory, or where they lie on
-            disk when the model still is as its checkpoint has it.
+        ranks: layer name -> ranks, or None for a layer that stays dense: the result of `choose_ranks` for a budget that several
+            models share, or for other conditions of training. They take precedence over the settings.
+        keep_base: keep the replaced weights for `restore_base`: as a copy in CPU memory, or as a reference to the checkpoint
+            file if the weights in memory still equal those in it.
         show_progress: show a bar with layer names and remaining time.
 
-    Returns:
-        Shapes and ranks of all layers, and the seconds it took.
-
     Raises:
-        ConfigError: nothing matches, a target cannot be decomposed, or a budget cannot be met.
-        NonFiniteError: NaN or infinity in a weight.
+        ConfigError: no layer matches, a target cannot be decomposed, or the budget is too small.
+        NonFiniteError: a weight holds NaN or infinity.
     """
     start = time.perf_counter()
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
-    ranks = _ranks_given(model, targets, config, ranks, show_progress)
-    prepared = list(_prepared(model, targets, config, adapter_name, ranks, keep_base, show_progress))
+    ranks = _known_ranks(model, targets, config, ranks, show_progress)
+    prepared = list(_build_layers(model, targets, config, adapter_name, ranks, keep_base, show_progress))
     layers = {row.name: layer for layer, row in prepared}
     skipped = [name for name in targets if name not in layers]
     if not layers:
         remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
-        raise ConfigError(f"unprofitable='skip' leaves none of the {len(skipped)} layers: {remedy} or factor them all")
+        raise ConfigError(f"unprofitable='skip' skips all {len(skipped)} layers: {remedy} or set unprofitable='factor'")
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     return InjectionReport([row for _, row in prepared], skipped, time.perf_counter() - start)
 
 
-def _prepared(
+def _build_layers(
     model: nn.Module,
     targets: dict[str, nn.Module],
     config: CersaConfig,
     adapter_name: str,
-    ranks: Mapping[str, LayerRanks | None] | None,
+    ranks: RanksByLayer | None,
     keep_base: bool,
     show_progress: bool,
 ) -> Iterator[tuple[CersaLinear, LayerReport]]:
-    """The layers with untrained cores for the places of the targets, in model order; none for a target that stays dense."""
-    by_name = {name: config.layer_ranks if ranks is None else (lambda _, own=ranks[name]: own) for name in targets}
+    """The CERSA layers with untrained cores, in model order; a target that stays dense has none."""
+    ranks_of = {name: config.layer_ranks if ranks is None else (lambda _, fixed=ranks[name]: fixed) for name in targets}
     checkpoint = Checkpoint.of(model)
-    stored = {
+    stored_weights = {
         name: checkpoint.find(name, matrix_of(linear), finer_only=not keep_base)
         for name, linear in targets.items()
         if ranks is None or ranks[name] is not None
     }
     jobs = [
-        LayerJob.of(name, matrix_of(targets[name]), lambda s, choose=by_name[name]: choose(s).kept, place)
-        for name, place in stored.items()
+        LayerJob.of(name, matrix_of(targets[name]), lambda s, choose_ranks=ranks_of[name]: choose_ranks(s).kept, stored)
+        for name, stored in stored_weights.items()
     ]
+    skip_unprofitable = ranks is None and config.unprofitable == "skip"
+    keep = {"keep_residual": config.residual == "keep", "keep_base": keep_base}
     with decompose_layers(jobs, show_progress=show_progress) as decomposed:
         for name, factors in decomposed:
-            linear, own = targets[name], by_name[name](factors.s)
-            if ranks is None and config.unprofitable == "skip" and not is_profitable(*matrix_of(linear).shape, own, config):
+            linear, layer_ranks = targets[name], ranks_of[name](factors.s)
+            if skip_unprofitable and not is_profitable(*matrix_of(linear).shape, layer_ranks, config):
                 continue
-            keep_residual = config.residual == "keep"
-            options = {"keep_residual": keep_residual, "keep_base": keep_base, "stored": stored[name], "pivots": factors.pivots}
-            layer = build_layer(linear, factors, own.kept, **options)
-            layer.add_core(adapter_name, new_core(name, config, own, factors))
+            options = {**keep, "stored": stored_weights[name], "pivots": factors.pivots}
+            layer = build_layer(linear, factors, layer_ranks.kept, **options)
+            layer.add_core(adapter_name, new_core(name, config, layer_ranks, factors))
             yield layer, _report(name, layer, adapter_name, factors.s)
 
 
@@ -190,41 +190,40 @@ def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: t
 
 def merge(model: nn.Module) -> None:
     """Replaces every CERSA layer by a plain `nn.Linear` that holds its effective weight; not reversible."""
-    for name, module in _places(model).items():
-        if isinstance(module, FusedLinear):
-            replace_module(model, name, as_dense(module.factored, module.weight))
-        else:
-            replace_module(model, name, as_dense(module, module.effective_weight()))
+    for name, module in installed_layers(model).items():
+        fused = isinstance(module, FusedLinear)
+        dense = as_dense(module.factored, module.weight) if fused else as_dense(module, module.effective_weight())
+        replace_module(model, name, dense)
 
 
 def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> None:
-    """Puts the weights that injection replaced back, bit for bit, and removes all cores.
+    """Puts back the weights that injection replaced, bit for bit, and removes all cores.
 
-    Layers of a compressed checkpoint (`cersa_diffusion.load_compressed`) are the base themselves: they only lose their cores.
+    The layers of a compressed checkpoint (`cersa_diffusion.load_compressed`) are the base itself: only their cores are removed.
 
     Args:
         model: an injected model; changed in place.
-        layer_names: some of its CERSA layers; all when left out.
+        layer_names: some of its CERSA layers; default: all.
 
     Raises:
-        ConfigError: the weights were not kept; the model is left as it is.
+        ConfigError: a weight was not kept; the model is not changed.
     """
-    layers, fused = cersa_layers(model), fused_layers(model)
+    layers, modules = cersa_layers(model), installed_layers(model)
     if layer_names is not None:
         layers = {name: layers[name] for name in layer_names}
-    # Read once, and before anything is changed: a checkpoint on disk may be gone.
+    # All weights are read before anything is changed, because a checkpoint on disk may be gone.
     weights = {name: layer.dense_weight for name, layer in layers.items() if not layer.is_base}
     for name, weight in weights.items():
         if weight is None:
             raise ConfigError(
                 f"the base weight of layer {name} was not kept (inject with keep_base=True), or its file has changed since: load "
-                "the model anew"
+                "the model again"
             )
     for name, layer in layers.items():
-        weight = fused[name].weight if name in fused else layer.U
+        current = modules[name].weight if isinstance(modules[name], FusedLinear) else layer.U
         if layer.is_base:
             for adapter_name in list(layer.cores):
                 layer.delete_core(adapter_name)
-            replace_module(model, name, layer.to(weight.device, weight.dtype))
-            continue
-        replace_module(model, name, as_dense(layer, weights[name].to(weight.device, weight.dtype)))
+            replace_module(model, name, layer.to(current.device, current.dtype))
+        else:
+            replace_module(model, name, as_dense(layer, weights[name].to(current.device, current.dtype)))

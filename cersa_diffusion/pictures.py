@@ -1,4 +1,4 @@
-"""Picture files as they lie about in folders: which of them can be used, and what they look like as upright RGB."""
+"""Picture files in folders: which of them can be used, and how they are read as upright RGB."""
 
 import warnings
 from collections.abc import Iterable
@@ -11,25 +11,25 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from cersa_diffusion.errors import ConfigError
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# One row of metadata per picture, as `datasets` reads it for image folders.
+# One row of metadata per picture, in the format that `datasets` uses for image folders.
 METADATA_FILE = "metadata.jsonl"
-# Below this a picture has nothing to learn: it is a tracking pixel or an icon of a folder view.
+# A smaller picture contains nothing to learn: it is a tracking pixel or the icon of a folder view.
 SMALLEST_SIDE = 8
-# Beyond this a picture that is scaled to cover a square would be mostly cut away, after filling the memory.
+# A longer picture, scaled to cover a square, would fill the memory and then be cropped almost completely.
 LONGEST_RATIO = 20
 
 
 def picture_paths(folder: str | Path, what: str) -> list[Path]:
-    """The usable pictures of a folder, sorted by name; everything else is skipped with one warning that says why.
+    """The usable pictures of a folder, sorted by name; one warning names all other files and the reasons to skip them.
 
-    A text file of a picture's name (its caption) and `METADATA_FILE` belong to the pictures and are passed over in silence.
+    A text file with the name of a picture (its caption) and `METADATA_FILE` are skipped without a warning.
 
     Args:
-        folder: the folder; sub-folders are not entered.
-        what: how messages call it, e.g. "instance_data_dir".
+        folder: the folder; sub-folders are not searched.
+        what: the name of the folder in messages, e.g. "instance_data_dir".
 
     Raises:
-        ConfigError: no such folder, or no usable picture in it.
+        ConfigError: the folder does not exist or contains no usable picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,12 +52,7 @@ def picture_paths(folder: str | Path, what: str) -> list[Path]:
 
 
 def warn_of_skipped(skipped: Iterable[tuple[str, str]], opening: str) -> None:
-    """One warning that names everything skipped with its reason; none if nothing was.
-
-    Args:
-        skipped: (name, reason) pairs.
-        opening: what the warning begins with.
-    """
+    """Gives one warning that begins with `opening` and lists all (name, reason) pairs; no warning if nothing was skipped."""
     listed = ", ".join(f"{name} ({reason})" for name, reason in skipped)
     if listed:
         warnings.warn(f"{opening}: {listed}", stacklevel=3)
@@ -72,14 +67,10 @@ def _fault_of_file(path: Path) -> str | None:
 
 
 def picture_fault(source: Path | BinaryIO) -> str | None:
-    """Why a picture cannot be used, found by reading all of it; None if it can.
-
-    Args:
-        source: a path, or an open binary file.
-    """
+    """Reads a whole picture and returns why it cannot be used, or None if it can; `source` is a path or an open binary file."""
     try:
         with warnings.catch_warnings():
-            # From its first limit on Pillow warns, from twice that on it refuses: training on either is a mistake.
+            # Pillow warns above its limit and raises above twice its limit; neither picture is usable for training.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             width, height = load_picture(source).size
     except UnidentifiedImageError:
@@ -96,13 +87,10 @@ def picture_fault(source: Path | BinaryIO) -> str | None:
 
 
 def load_picture(source: Path | BinaryIO) -> Image.Image:
-    """A picture as RGB of 8 bit: the first frame, turned upright, transparency put on white.
-
-    Args:
-        source: a path, or an open binary file.
+    """The first frame of a picture as 8-bit RGB, turned upright, with transparent areas on white.
 
     Raises:
-        ValueError: 32-bit pixels, which do not say what is white.
+        ValueError: the picture has 32-bit pixels, whose value for white is unknown.
     """
     with Image.open(source) as picture:
         picture = _eight_bit(ImageOps.exif_transpose(picture))
@@ -117,15 +105,15 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
         raise ValueError("32-bit pixels, save it with 8 or 16")
     if not picture.mode.startswith("I;16"):
         return picture
-    # Pillow's own conversion cuts values off at 255 instead of scaling them.
+    # Pillow's own conversion clips values at 255 instead of scaling them.
     levels = np.asarray(picture).astype(np.float32) / 257
     return Image.fromarray(levels.round().astype(np.uint8))
 
 
 def picture_size(source: Path | BinaryIO) -> tuple[int, int]:
-    """Height and width in pixels as `load_picture` gives them, from the file's header alone."""
+    """Height and width in pixels of what `load_picture` returns, read only from the header of the file."""
     with Image.open(source) as picture:
         width, height = picture.size
-        # Pillow turns TIFF files itself, and says so in their size.
+        # For TIFF files, Pillow itself applies the orientation to the size.
         sideways = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (width, height) if sideways else (height, width)

@@ -1,8 +1,7 @@
-"""The private and short-lived names of other libraries that this package cannot do without, all in one place.
+"""All private and short-lived names of other libraries that this package needs, in one place.
 
-A release may take such a name away without a word. Each is looked up when it is used, so that importing this package imports
-none of these libraries, and the error says which version of which library no longer has it. `tests/test_private_names.py`
-looks all of them up.
+A release may remove such a name without notice. Each is looked up when it is used, so that importing this package imports none
+of these libraries; the error tells which version of which library lacks it. `tests/test_private_names.py` checks all of them.
 """
 
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from cersa_diffusion.errors import ConfigError
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A name of another library that its release notes need not mention.
+    """A name of another library that may disappear without notice.
 
     Args:
-        module: where it is imported from.
-        name: its name there; a method has its class before it.
-        purpose: what this package does with it.
+        module: the module that has it.
+        name: its name there; a method is preceded by its class.
+        purpose: what this package needs it for.
     """
 
     module: str
@@ -32,7 +31,7 @@ class PrivateName:
         """The function or class itself.
 
         Raises:
-            ConfigError: the installed version of the library does not have it.
+            ConfigError: the installed version of the library lacks it.
             ModuleNotFoundError: the library is not installed.
         """
         library = self.module.partition(".")[0]
@@ -44,7 +43,7 @@ class PrivateName:
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"{library} {version} has no {self.module}.{self.name}, which cersa_diffusion needs for {self.purpose}: "
-                f"install a version of {library} that docs/compatibility.md names, or a newer cersa-diffusion"
+                f"install a version of {library} that docs/compatibility.md lists, or a newer cersa-diffusion"
             ) from error
         return value
 
@@ -55,7 +54,9 @@ MODULE_APPLY = PrivateName("torch.nn", "Module._apply", "keeping cores in float3
 
 # transformers.
 CONVERSION_MAPPING = PrivateName(
-    "transformers.conversion_mapping", "get_model_conversion_mapping", "finding a layer in a checkpoint that names it differently"
+    "transformers.conversion_mapping",
+    "get_model_conversion_mapping",
+    "finding a layer that has another name in the checkpoint",
 )
 PREFIX_CHANGE = PrivateName("transformers.core_model_loading", "PrefixChange", CONVERSION_MAPPING.purpose)
 WEIGHT_RENAMING = PrivateName("transformers.core_model_loading", "WeightRenaming", CONVERSION_MAPPING.purpose)
@@ -75,18 +76,15 @@ CLIP_SCORE_UPDATE = PrivateName(
 
 PRIVATE_NAMES = tuple(value for value in tuple(globals().values()) if isinstance(value, PrivateName))
 
-# diffusers' models; transformers' models since 5.24, and before that, deprecated and gone in version 6.
+# The method of diffusers, that of transformers since 5.24, and that of earlier transformers (deprecated, removed in version 6).
 CHECKPOINTING_METHODS = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Makes a model compute its activations a second time in the backward pass, whatever its library calls that.
-
-    Args:
-        model: of diffusers or transformers.
+    """Makes a model of diffusers or transformers recompute its activations in the backward pass.
 
     Raises:
-        ConfigError: the model has none of the methods that switch it on.
+        ConfigError: the model has no method for it.
     """
     method = next((name for name in CHECKPOINTING_METHODS if hasattr(model, name)), None)
     if method is None:

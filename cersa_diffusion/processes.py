@@ -1,26 +1,24 @@
-"""What several processes that train one model must agree on."""
+"""What several processes that train one model have to share."""
 
 import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from cersa_diffusion.errors import CersaError
-from cersa_diffusion.layers.model import cersa_layers
+from cersa_diffusion.layers.model import layers_by_key
 
 
 def several() -> bool:
-    """Whether this process trains together with others."""
+    """Whether this process trains together with other processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process: all get the same answer, at the same point of their work.
+    """Whether the flag is set in any process; all processes must call this at the same point and get the same answer.
 
-    Args:
-        flag: of this process.
-        device: where the processes exchange tensors.
+    `device` is the device on which the processes exchange tensors.
     """
     if not several():
         return flag
@@ -30,26 +28,27 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def share_bases(components: Mapping[str, nn.Module]) -> None:
-    """Gives the CERSA layers of all processes the frozen bases of the first process.
+    """Copies the frozen bases of the first process into the CERSA layers of all processes.
 
-    Singular vectors have free signs and turn within close groups, and processes may decompose the same weight differently
-    (another cache, device, driver or thread count). Their gradients would then be added up in different coordinates.
+    The signs of singular vectors are arbitrary, and vectors of close singular values may rotate. With another cache, device,
+    driver or thread count, two processes may decompose the same weight differently and would add gradients in different
+    coordinates.
 
     Args:
-        components: the prepared models by name, on the device that the processes exchange tensors on.
+        components: the prepared models by name, on the device on which the processes exchange tensors.
 
     Raises:
-        CersaError: the processes keep other components, in every process with the same message.
+        CersaError: the processes keep different components; every process raises the same message.
     """
     if not several():
         return
     tensors = {
-        f"{component}.{name}.{kind}": tensor
-        for component, model in components.items()
-        for name, layer in cersa_layers(model).items()
-        for kind, tensor in layer.named_buffers()
+        f"{key}.{buffer_name}": buffer
+        for key, layer in layers_by_key(components).items()
+        for buffer_name, buffer in layer.named_buffers()
     }
-    if not any_process(bool(tensors), _device(components)):
+    device = next(parameter.device for model in components.values() for parameter in model.parameters())
+    if not any_process(bool(tensors), device):
         return
     layout = hashlib.sha256(repr([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]).encode()).hexdigest()
     layouts: list[str | None] = [None] * distributed.get_world_size()
@@ -58,18 +57,10 @@ def share_bases(components: Mapping[str, nn.Module]) -> None:
     if differing:
         raise CersaError(
             f"processes {differing} keep other components of the weights than process 0: expected the same base model, settings "
-            "and releases everywhere; compare the base and the installed versions on the machines"
+            "and releases in all processes; compare the base and the installed versions on the machines"
         )
     for tensor in tensors.values():
-        _broadcast(tensor)
-
-
-def _broadcast(tensor: Tensor) -> None:
-    # As bytes: not every backend takes every dtype.
-    content = tensor.detach().contiguous()
-    distributed.broadcast(content.reshape(-1).view(torch.uint8), src=0)
-    tensor.copy_(content)
-
-
-def _device(components: Mapping[str, nn.Module]) -> torch.device:
-    return next(parameter.device for model in components.values() for parameter in model.parameters())
+        # As bytes, because not every backend supports every dtype.
+        content = tensor.detach().contiguous()
+        distributed.broadcast(content.reshape(-1).view(torch.uint8), src=0)
+        tensor.copy_(content)

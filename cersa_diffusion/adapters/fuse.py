@@ -1,7 +1,7 @@
-"""Fusing: dense weights in the place of CERSA layers, and back, bit for bit.
+"""Fusing: replacing CERSA layers by dense weights, and the exact way back.
 
-A fused model runs at the speed of the dense one and is plain to other libraries (a LoRA can go on top of it); it holds the dense
-weights beside the factors. `cersa_diffusion.merge` is the way without return.
+A fused model runs at the speed of the dense one, and other libraries see plain layers (a LoRA can be added to them). It holds
+the dense weights in addition to the factors. `cersa_diffusion.merge` is not reversible.
 """
 
 from collections.abc import Sequence
@@ -11,75 +11,74 @@ from torch import nn
 
 from cersa_diffusion.adapters.compose import active_adapters, adapter_names, check_names, refuse_fused
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
+from cersa_diffusion.layers.linear import FusedLinear
 from cersa_diffusion.layers.model import all_or_nothing, cersa_layers, fused_layers, replace_module
 
 
 def fuse(model: nn.Module, names: str | Sequence[str] | None = None, *, scale: float = 1.0, safe: bool = False) -> None:
-    """Puts dense weights in the place of all CERSA layers of a model.
+    """Replaces all CERSA layers of a model by dense weights.
 
     All or nothing. The adapters cannot be changed before `unfuse`.
 
     Args:
         model: an injected model; changed in place.
-        names: the adapters that go into the weights, each at its strength; all active ones when left out.
-        scale: factor of all of them.
+        names: the adapters to add to the weights, each with its strength; default: all active ones.
+        scale: a further factor for all of them.
         safe: refuse weights that hold NaN or infinity.
 
     Raises:
-        ConfigError: nothing to fuse, fused already, or an adapter that is unknown or not active.
-        NonFiniteError: `safe` and a layer's weight would hold NaN or infinity.
+        ConfigError: there is nothing to fuse, the model is already fused, or an adapter is unknown or not active.
+        NonFiniteError: `safe` is set and the weight of a layer would hold NaN or infinity.
     """
     refuse_fused(model)
-    if not cersa_layers(model):
+    layers = cersa_layers(model)
+    if not layers:
         raise ConfigError(f"{type(model).__name__} has no CERSA layers to fuse: load or inject an adapter first")
-    chosen = check_fusable(model, names)
+    fused_names = check_fusable(model, names)
     with all_or_nothing(model):
-        for name, layer in cersa_layers(model).items():
-            weight = layer.effective_weight(_strengths(layer, chosen, scale))
+        for layer_name, layer in layers.items():
+            strengths = {name: strength * scale for name, strength in layer.strengths.items() if name in fused_names}
+            weight = layer.effective_weight(strengths)
             if safe and not torch.isfinite(weight).all():
-                raise NonFiniteError(f"layer {name}: fused, it would hold NaN or infinity; nothing was fused (safe_fusing)")
-            replace_module(model, name, FusedLinear(layer, weight))
+                raise NonFiniteError(
+                    f"layer {layer_name}: the fused weight would hold NaN or infinity, nothing was fused (safe_fusing)"
+                )
+            replace_module(model, layer_name, FusedLinear(layer, weight))
 
 
 def unfuse(model: nn.Module) -> None:
-    """Puts the CERSA layers of a fused model back, bit for bit; does nothing where nothing is fused.
+    """Puts back the CERSA layers of a fused model, bit for bit; does nothing if no layer is fused.
 
     Raises:
-        ConfigError: a LoRA was loaded on a fused layer; the model is left as it is.
+        ConfigError: a fused layer carries a LoRA; the model is not changed.
     """
     refuse_lora_on_fused(model)
     with all_or_nothing(model):
         for name, fused in fused_layers(model).items():
-            # Both may have changed while the factors were out of the model's reach.
+            # The model may have changed its device and dtype while the factors were not part of it.
             replace_module(model, name, fused.factored.to(fused.weight.device, fused.weight.dtype))
 
 
 def refuse_lora_on_fused(model: nn.Module) -> None:
-    """Raises ConfigError where peft has wrapped a fused layer: what lies under a LoRA must not be replaced."""
+    """Raises ConfigError if peft has wrapped a fused layer, because the layer under a LoRA must not be replaced."""
     wrapped = [name for name in fused_layers(model) if name.endswith(".base_layer")]
     if wrapped:
         raise ConfigError(f"{len(wrapped)} fused layers carry a LoRA, e.g. {wrapped[0]}: call unload_lora_weights() first")
 
 
 def check_fusable(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
-    """The adapters that `fuse` would take.
+    """The names of the adapters that `fuse` would use.
 
     Raises:
-        ConfigError: an adapter that is unknown or not active, or none is active.
+        ConfigError: an adapter is unknown or not active, or no adapter is active.
     """
     active = active_adapters(model)
     if names is None:
         if not active:
             raise ConfigError(f"no active adapter to fuse, this model has {adapter_names(model)}: set or enable adapters first")
         return list(active)
-    names = [names] if isinstance(names, str) else list(names)
-    check_names(model, names)
+    names = check_names(model, names)
     for name in names:
         if name not in active:
             raise ConfigError(f"adapter {name!r} is not active (active: {list(active)}): set its strength before fusing it")
     return names
-
-
-def _strengths(layer: CersaLinear, chosen: list[str], scale: float) -> dict[str, float]:
-    return {name: strength * scale for name, strength in layer.strengths.items() if name in chosen}

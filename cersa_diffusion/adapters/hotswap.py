@@ -1,4 +1,4 @@
-"""Another adapter's numbers in the cores of a loaded one: no new layers, no new shapes, nothing to compile again."""
+"""Hot-swapping: copying an adapter into the cores of a loaded one, without new layers, new shapes or a new compilation."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from cersa_diffusion.adapters.file import AdapterFile
 from cersa_diffusion.adapters.load import load_adapter
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.layers.core import Core, MatrixCore
-from cersa_diffusion.layers.model import all_or_nothing, cersa_layers
+from cersa_diffusion.layers.model import all_or_nothing, layers_by_key
 
 _INCOMING = "incoming hotswap"
 
@@ -20,27 +20,24 @@ def hotswap_adapter(
     """Copies an adapter into the cores of a loaded one; smaller cores are padded with zeros. All or nothing.
 
     Args:
-        components: the models by name, with an adapter of that name.
-        adapter: what to copy.
-        adapter_name: the loaded adapter.
-        strength: its new factor.
-        settings: see `cersa_diffusion.load_adapter`.
+        components: the models by name, with a loaded adapter.
+        adapter: the adapter to copy.
+        adapter_name: the name of the loaded adapter.
+        strength: the new strength.
+        settings: further arguments of `cersa_diffusion.load_adapter`.
 
     Raises:
-        ConfigError: the adapter changes layers or components that the loaded one does not.
+        ConfigError: the new adapter changes layers or components that the loaded one does not change.
         AdapterFormatError, BaseMismatchError, NonFiniteError: see `cersa_diffusion.load_adapter`.
     """
-    layers = {
-        f"{component}.{name}": layer for component, model in components.items() for name, layer in cersa_layers(model).items()
-    }
+    layers = layers_by_key(components)
     with all_or_nothing(*components.values()):
         load_adapter(components, adapter, adapter_name=_INCOMING, strength=0.0, **settings)
         incoming = {}
-        for component, model in components.items():
-            for name, layer in cersa_layers(model).items():
-                if _INCOMING in layer.cores:
-                    incoming[f"{component}.{name}"] = layer.cores[_INCOMING]
-                    layer.delete_core(_INCOMING)
+        for key, layer in layers_by_key(components).items():
+            if _INCOMING in layer.cores:
+                incoming[key] = layer.cores[_INCOMING]
+                layer.delete_core(_INCOMING)
         loaded = {key: layer for key, layer in layers.items() if adapter_name in layer.cores}
         for key, core in incoming.items():
             _check_fit(key, core, loaded[key].cores[adapter_name] if key in loaded else None)
@@ -50,11 +47,11 @@ def hotswap_adapter(
 
 
 def _check_fit(key: str, new: Core, old: Core | None) -> None:
-    remedy = "load it under a name of its own instead of hotswap=True"
+    remedy = "load it under another adapter_name instead of hotswap=True"
     if old is None:
-        raise ConfigError(f"layer {key}: the loaded adapter does not change it, the new one does: {remedy}")
+        raise ConfigError(f"layer {key}: the new adapter changes it, but the loaded one does not: {remedy}")
     if not isinstance(old, MatrixCore):
-        raise ConfigError(f"layer {key}: the loaded adapter has a {old.kind} core, a new one is a matrix: {remedy}")
+        raise ConfigError(f"layer {key}: the loaded adapter has a {old.kind} core, but the new one is a matrix: {remedy}")
     if new.offset < old.offset or new.offset + new.rank > old.offset + old.rank:
         raise ConfigError(
             f"layer {key}: the loaded adapter changes components {old.offset} to {old.offset + old.rank - 1}, the new one "

@@ -1,4 +1,4 @@
-"""From the cores of a model to an adapter file, and from an adapter file into any model of the same base."""
+"""Loading an adapter file into any model of the same base."""
 
 import os
 import warnings
@@ -31,28 +31,27 @@ def load_adapter(
     allow_base_mismatch: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file brings the bases.
+    """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file contains the bases.
 
-    All or nothing: everything is read, checked and computed before the first layer is replaced. Layers that carry an adapter
-    already stay as they are cut, with a warning where this one was trained with another number of components. What is decomposed
-    is the weight as the checkpoint on disk stores it, where memory holds it in fewer bits (see `cersa_diffusion.weights.stored`).
+    All or nothing: everything is read, checked and computed before the first layer is replaced. Layers that already carry an
+    adapter keep their truncation, with a warning if this adapter was trained with another number of components. If the
+    checkpoint on disk stores a weight in more bits than memory, that weight is decomposed (`cersa_diffusion.weights.stored`).
 
     Args:
         model: a model of the base that the adapter was trained on, or the components of a pipeline by name.
         source: a file, or its content.
-        adapter_name: name for the cores, not yet used in this model.
+        adapter_name: name for the cores that this model does not use yet.
         strength: factor of the adapter; 0 gives the truncated base.
-        keep_base: see to it that `restore_base` can put the replaced weights back: a copy in CPU memory, or where they lie on
-            disk when the model still is as its checkpoint has it.
-        allow_base_mismatch: warn instead of refusing when the weights of the model are not those of the adapter's base.
+        keep_base: keep the replaced weights for `restore_base`, as in `cersa_diffusion.inject_cersa`.
+        allow_base_mismatch: warn instead of raising if the weights of the model are not those of the adapter's base.
         show_progress: show a bar while layers are decomposed.
 
     Raises:
         AdapterFormatError: the file cannot be read, or holds NaN.
         BaseMismatchError: the model lacks layers of the file, has other shapes or other weights.
-        ConfigError: the adapter name is taken, or layers that are loaded already keep too few components for it, or keep a
-            residual that it was trained without (or the other way round).
-        NonFiniteError: NaN or infinity in a weight of the model.
+        ConfigError: the adapter name is taken, or CERSA layers of the model keep too few components for the adapter, or the
+            residual is kept in the layers and was dropped in training (or the reverse).
+        NonFiniteError: a weight of the model holds NaN or infinity.
     """
     adapter = source if isinstance(source, AdapterFile) else read_adapter_file(source)
     components = components_of(model)
@@ -68,23 +67,23 @@ def load_adapter(
 
     prepared = list(_prepare(targets, components, keep_base, show_progress))
     _check_bases(prepared, adapter, allow_base_mismatch)
-    for key, _, core, _ in prepared:
-        if core is None:
+    for key, _, values, _ in prepared:
+        if values is None:
             raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
-    warn_of_other_truncation(((key, place.module, place.stored) for key, place in targets.items()), adapter.source)
-    facts = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
+    warn_of_other_truncation(((key, target.module, target.stored) for key, target in targets.items()), adapter.source)
+    header = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
     with all_or_nothing(*components.values()):
         for key, layer, values, _ in prepared:
             component, name, module, stored = targets[key]
             core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
-            core.facts, core.trained_kept_rank = facts, stored.kept_rank
+            core.facts, core.trained_kept_rank = header, stored.kept_rank
             layer.add_core(adapter_name, core, strength)
             if module is not layer:
                 replace_module(components[component], name, layer)
 
 
 class Target(NamedTuple):
-    """The place of a stored layer in a model."""
+    """A stored layer and the module of the model that it belongs to."""
 
     component: str
     name: str
@@ -93,17 +92,10 @@ class Target(NamedTuple):
 
 
 def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) -> dict[str, Target]:
-    """Finds the module of every stored layer.
-
-    Args:
-        adapter: the file's content.
-        components: the models by name.
-
-    Returns:
-        Key of the layer in the file -> its place.
+    """Finds the module of every stored layer among the components, by the key of the layer in the file.
 
     Raises:
-        BaseMismatchError: layers that are not there, of other shapes, or no linear layers; all are named in one message.
+        BaseMismatchError: layers are missing, have other shapes or are not linear layers; one message names all of them.
     """
     lone = set(components) == {LONE_COMPONENT} and len({key.partition(".")[0] for key in adapter.layers}) == 1
     modules = {component: dict(model.named_modules()) for component, model in components.items()}
@@ -116,17 +108,17 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
         if component not in modules:
             problems.setdefault(f"the model has no {component!r}, only {sorted(components)}", []).append(key)
             continue
-        names = (module_name, module_name.removeprefix("text_model."), f"text_model.{module_name}")
-        name = next((name for name in names if name in modules[component]), None)
+        possible_names = (module_name, module_name.removeprefix("text_model."), f"text_model.{module_name}")
+        name = next((name for name in possible_names if name in modules[component]), None)
         module = modules[component].get(name)
-        problem = _problem(module, stored) or ("named twice" if (component, name) in taken else None)
+        problem = _misfit(module, stored) or ("named twice" if (component, name) in taken else None)
         if problem:
             problems.setdefault(problem, []).append(key)
             continue
         taken.add((component, name))
         targets[key] = Target(component, name, module, stored)
     if problems:
-        listing = "; ".join(f"{problem}: {_some(keys)}" for problem, keys in problems.items())
+        listing = "; ".join(f"{problem}: {_shortened(keys)}" for problem, keys in problems.items())
         count = sum(map(len, problems.values()))
         raise BaseMismatchError(
             f"{adapter.source}: {count} of {len(adapter.layers)} layers do not fit this model: {listing[:2000]}. "
@@ -135,16 +127,16 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
     return targets
 
 
-def _problem(module: nn.Module | None, stored: StoredLayer) -> str | None:
+def _misfit(module: nn.Module | None, stored: StoredLayer) -> str | None:
     if module is None:
         return "no such layer in the model"
     if not isinstance(module, (*KINDS, CersaLinear)):
-        return f"it is a {type(module).__module__} (unload other adapters first)"
-    found, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
-    return None if found == expected else f"the model has shape {found}, the adapter {expected}"
+        return f"the module is from {type(module).__module__} (unload other adapters first)"
+    shape, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
+    return None if shape == expected else f"the model has shape {shape}, the adapter {expected}"
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(name[:200] for name in names[:5]) + more
 
@@ -155,11 +147,11 @@ def _base_name(adapter: AdapterFile) -> str:
 
 
 class _Prepared(NamedTuple):
-    """A layer ready to be put in its place, its core (None: it cannot be solved for), and difference and excess of its base."""
+    """A layer for the model, its core (None if it cannot be solved for), and the result of `base_difference` for its base."""
 
     key: str
     layer: CersaLinear
-    core: torch.Tensor | None
+    values: torch.Tensor | None
     difference: tuple[float, float]
 
 
@@ -167,52 +159,47 @@ def _prepare(
     targets: dict[str, Target], components: Mapping[str, nn.Module], keep_base: bool, show_progress: bool
 ) -> Iterator[_Prepared]:
     checkpoints = {name: Checkpoint.of(model) for name, model in components.items()}
-    places, jobs = {}, []
+    stored_weights, jobs = {}, []
     for key, (component, name, module, stored) in targets.items():
         if isinstance(module, CersaLinear):
             factors = Decomposition(module.U, module.s, module.Vh)
-            yield _Prepared(key, module, solve_core(factors, stored), _difference(module.s, module.base_entries, stored))
+            yield _Prepared(key, module, solve_core(factors, stored), _base_difference(module.s, module.base_entries, stored))
             continue
-        places[key] = checkpoints[component].find(name, matrix_of(module), finer_only=not keep_base)
+        stored_weights[key] = checkpoints[component].find(name, matrix_of(module), finer_only=not keep_base)
         if stored.bases is None:
-            jobs.append(LayerJob.of(key, matrix_of(module), lambda s, k=stored.kept_rank: k, places[key]))
+            jobs.append(LayerJob.of(key, matrix_of(module), lambda s, k=stored.kept_rank: k, stored_weights[key]))
         else:
             factors = Decomposition(*(factor.to(matrix_of(module).device, torch.float32) for factor in stored.bases))
-            yield _build(key, targets[key], factors, places[key], keep_base)
+            yield _build(key, targets[key], factors, stored_weights[key], keep_base)
     with decompose_layers(jobs, show_progress=show_progress) as decomposed:
         for key, factors in decomposed:
-            yield _build(key, targets[key], factors, places[key], keep_base)
+            yield _build(key, targets[key], factors, stored_weights[key], keep_base)
 
 
-def _build(key: str, target: Target, factors: Decomposition, place: StoredWeight | None, keep_base: bool) -> _Prepared:
+def _build(key: str, target: Target, factors: Decomposition, stored_weight: StoredWeight | None, keep_base: bool) -> _Prepared:
     module, stored = target.module, target.stored
-    weight = finest_weight(matrix_of(module), place)
+    weight = finest_weight(matrix_of(module), stored_weight)
     singular_values, pivots = factors.s, None
     if stored.bases is None:
         pivots = factors.pivots
     else:
-        # Without a decomposition: what the weight at hand does to the stored vectors.
-        first = slice(len(stored.leading_singular_values))
-        singular_values = ((float64(factors.U[:, first]).T @ float64(weight)) * float64(factors.Vh[first])).sum(1)
-    options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": place, "pivots": pivots}
+        # There is no decomposition: the present weight is projected on the stored vectors.
+        leading = slice(len(stored.leading_singular_values))
+        singular_values = ((float64(factors.U[:, leading]).T @ float64(weight)) * float64(factors.Vh[leading])).sum(1)
+    options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": stored_weight, "pivots": pivots}
     layer = build_layer(module, factors, stored.kept_rank, **options)
-    # Solved for with the factors as they are before the layer rounds them to its dtype.
-    return _Prepared(key, layer, solve_core(factors, stored), _difference(singular_values, base_entries(weight), stored))
+    # The core is computed from the factors before the layer rounds them to its dtype.
+    return _Prepared(key, layer, solve_core(factors, stored), _base_difference(singular_values, base_entries(weight), stored))
 
 
-def _difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
+def _base_difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
     return base_difference(singular_values, entries, stored.leading_singular_values[: len(singular_values)], stored.entries)
 
 
 def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | None:
-    """The core of a stored layer in the coordinates of a decomposition of its base.
+    """The (r, r) float32 core of a stored layer in the coordinates of a decomposition of its base.
 
-    Args:
-        factors: at least the kept singular triplets, in any floating dtype.
-        stored: the layer.
-
-    Returns:
-        (r, r) float32, or None where the pivot rows or columns of these factors are dependent.
+    `factors` hold at least the kept singular triplets. The result is None if their pivot rows or columns are dependent.
     """
     region = slice(stored.offset, stored.offset + stored.core_rank)
     try:
@@ -223,15 +210,15 @@ def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | No
 
 
 def _check_bases(prepared: list[_Prepared], adapter: AdapterFile, allowed: bool) -> None:
-    wrong = {layer.key: layer.difference for layer in prepared if layer.difference[1] > 1}
-    if not wrong:
+    differing = {layer.key: layer.difference for layer in prepared if layer.difference[1] > 1}
+    if not differing:
         return
-    worst = sorted(wrong, key=lambda key: -wrong[key][1])[:3]
-    listing = ", ".join(f"{key} ({wrong[key][0]:.2%})" for key in worst)
+    most_different = sorted(differing, key=lambda key: -differing[key][1])[:3]
+    listing = ", ".join(f"{key} ({differing[key][0]:.2%})" for key in most_different)
     message = (
-        f"{adapter.source}: trained on another base model{_base_name(adapter)}: the weights of {len(wrong)} of "
-        f"{len(prepared)} layers differ from this model's, worst {listing}"
+        f"{adapter.source}: trained on another base model{_base_name(adapter)}: the weights of {len(differing)} of "
+        f"{len(prepared)} layers differ from those of this model, most of all {listing}"
     )
     if not allowed:
-        raise BaseMismatchError(f"{message}: load it into its own base, or pass allow_base_mismatch=True to try all the same")
-    warnings.warn(f"{message}; loaded all the same (allow_base_mismatch)", stacklevel=3)
+        raise BaseMismatchError(f"{message}: load it into its own base, or pass allow_base_mismatch=True to try it anyway")
+    warnings.warn(f"{message}; loaded anyway (allow_base_mismatch)", stacklevel=3)

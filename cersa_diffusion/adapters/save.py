@@ -1,4 +1,4 @@
-"""From the cores of a model to an adapter file."""
+"""Saving the cores of a model as an adapter file."""
 
 import math
 import os
@@ -32,34 +32,26 @@ def save_adapter(
 
     Args:
         model: an injected model, or the components of a pipeline by name (``{name: model}``).
-        path: file to write.
-        adapter_name: which cores.
+        path: the file to write.
+        adapter_name: the name of the cores.
         dtype: storage dtype of the blocks: float16, bfloat16 or float32.
-        save_energy: keep only the leading part of every layer's change that holds this share of its squared energy, in (0, 1],
-            where that makes the file smaller; default: all of it.
-        save_bases: also store the kept singular vectors and values (float32, or float16 with a 16-bit dtype): a much larger file,
-            which needs no decomposition and is as it was trained on any variant of the base.
+        save_energy: store only the leading part of every layer's change that holds this share of its squared energy, in (0, 1],
+            if that makes the file smaller; default: all of it.
+        save_bases: also store the kept singular vectors and values (float32, or float16 with a 16-bit dtype). The file is much
+            larger, but needs no decomposition and gives the trained result on any variant of the base.
         config: method settings for the header, by component.
-        base_model: what the model was loaded from ("name_or_path", "revision"), for the header; of a folder its name is written.
-        training: facts of the training run, for the header.
+        base_model: the source of the model ("name_or_path", "revision") for the header; of a folder only its name is written.
+        training: facts about the training run for the header.
 
     Returns:
-        "component.module" -> relative Frobenius error of the layer's weight change as it is stored.
+        "component.module" -> relative Frobenius error of the layer's stored weight change.
 
     Raises:
-        ConfigError: the model has no such adapter, or a setting out of range; nothing is written.
+        ConfigError: the model has no such adapter, or a setting is out of range; nothing is written.
         NonFiniteError: a core holds NaN or infinity; nothing is written.
     """
-    adapter = collect_adapter(
-        model,
-        adapter_name=adapter_name,
-        dtype=dtype,
-        save_energy=save_energy,
-        save_bases=save_bases,
-        config=config,
-        base_model=base_model,
-        training=training,
-    )
+    options = {"adapter_name": adapter_name, "dtype": dtype, "save_energy": save_energy, "save_bases": save_bases}
+    adapter = collect_adapter(model, **options, config=config, base_model=base_model, training=training)
     write_adapter_file(adapter, path)
     return {name: layer.error for name, layer in adapter.layers.items()}
 
@@ -75,11 +67,11 @@ def collect_adapter(
     base_model: dict | None = None,
     training: dict | None = None,
 ) -> AdapterFile:
-    """The content of the file that `save_adapter` writes; `load_adapter` takes it as well. Arguments and errors as there."""
+    """The content of the file that `save_adapter` writes, with the same arguments and errors; `load_adapter` accepts it too."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ConfigError(f"dtype is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     if save_energy is not None and not 0 < save_energy <= 1:
-        raise ConfigError(f"save_energy is {save_energy}, expected a share in (0, 1] such as 0.99, or None for everything")
+        raise ConfigError(f"save_energy is {save_energy}, expected a share in (0, 1] such as 0.99, or None to store everything")
     layers = {}
     for component, module in components_of(model).items():
         for name, layer in cersa_layers(module).items():
@@ -92,7 +84,7 @@ def collect_adapter(
 
 
 def _canonical_name(model: nn.Module, name: str) -> str:
-    # transformers 5 made CLIPTextModel flat; files keep the prefix of all other versions and of CLIPTextModelWithProjection.
+    # transformers 5 removed a prefix from CLIPTextModel; files keep it, as all other versions and CLIPTextModelWithProjection do.
     if type(model).__name__ == "CLIPTextModel" and not name.startswith("text_model."):
         return f"text_model.{name}"
     return name
@@ -105,12 +97,11 @@ def _store(
     change = float64(core.dense())
     if not torch.isfinite(change).all():
         raise NonFiniteError(f"layer {key}: the adapter holds NaN or infinity (training diverged?), nothing was written")
-    # Of a loaded core: what it was trained with, also where the layer it came to keeps more.
+    # A loaded core keeps the rank that it was trained with, even if its present layer keeps more components.
     kept_rank = core.trained_kept_rank or layer.kept_rank
     if save_bases:
-        kept_rank = min(kept_rank, layer.kept_rank)  # the others are not here
-    region = slice(core.offset, core.offset + core.rank)
-    U, Vh = layer.U[:, region], layer.Vh[region]
+        kept_rank = min(kept_rank, layer.kept_rank)  # the layer does not have further components
+    U, Vh = layer.U[:, core.region], layer.Vh[core.region]
     rows, columns = layer.pivots(core.rank, core.offset)
     factors = [core_to_block(change, U, Vh, rows, columns)]
     if save_energy is not None:
@@ -145,7 +136,7 @@ def _power_of_two(tensor: torch.Tensor) -> float:
 
 
 def _stored_bases(layer: CersaLinear, kept_rank: int, dtype: torch.dtype) -> Decomposition:
-    # Orthonormal columns have no use for the range of bfloat16, but for the digits of float16.
-    narrow = torch.float32 if dtype == torch.float32 else torch.float16
+    # Orthonormal columns need the digits of float16, and not the range of bfloat16.
+    basis_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     U, s, Vh = layer.U[:, :kept_rank], layer.s[:kept_rank], layer.Vh[:kept_rank]
-    return Decomposition(U.to("cpu", narrow), s.to("cpu", torch.float32), Vh.to("cpu", narrow))
+    return Decomposition(U.to("cpu", basis_dtype), s.to("cpu", torch.float32), Vh.to("cpu", basis_dtype))

@@ -1,4 +1,4 @@
-"""A strength per block of a UNet, in the form of diffusers' LoRA loader: {"down": .5, "mid": 1, "up": {"block_1": [0, 1, 1]}}."""
+"""A strength for each block of a UNet, in the form of diffusers' LoRA loader: {"down": 0.5, "up": {"block_1": [0, 1, 1]}}."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ def layer_strengths(strength: Strength, layer_names: Sequence[str], module_names
     """The strength of every layer.
 
     Args:
-        strength: a number for all layers, or a mapping with the keys "down", "mid" and "up". Its values are numbers, lists with
-            a number for each attention (and the residual block beside it) of a block, or for "down" and "up" mappings from
-            "block_0", "block_1", ... to these. What is left out is 1, and so are layers outside of all blocks.
+        strength: a number for all layers, or a mapping with the keys "down", "mid" and "up". Its values are numbers, or lists
+            with a number for each attention of a block (and the residual block beside it), or, for "down" and "up", mappings
+            from "block_0", "block_1", ... to such values. Missing blocks and layers outside of all blocks get strength 1.
         layer_names: the layers.
-        module_names: all modules of the model, which say how many attentions a block has.
+        module_names: all modules of the model, which determine how many attentions a block has.
 
     Raises:
-        ConfigError: a key that the model has no block for, a list of another length, or a value that is no number.
+        ConfigError: the model has no block for a key, a list has another length, or a value is not a number.
     """
     if not isinstance(strength, Mapping):
         return dict.fromkeys(layer_names, _number(strength, "strength"))
@@ -33,23 +33,23 @@ def layer_strengths(strength: Strength, layer_names: Sequence[str], module_names
     unknown = set(strength) - set(REGIONS)
     if unknown:
         raise ConfigError(f"unknown blocks {sorted(map(str, unknown))} in the strengths, expected {', '.join(REGIONS)}")
-    table = {place: _block_list(strength, *place, size) for place, size in sizes.items()}
+    block_strengths = {block: _block_strengths(strength, *block, size) for block, size in sizes.items()}
     _check_block_names(strength, sizes)
-    return {name: _of_layer(name, table) for name in layer_names}
+    return {name: _layer_strength(name, block_strengths) for name in layer_names}
 
 
 def _block_sizes(module_names: Sequence[str]) -> dict[tuple[str, int], int]:
-    """(region, index) -> how many attentions (in a block without any: residual blocks) it has."""
-    counts: dict[tuple[str, int], dict[str, set[int]]] = {}
+    """(region, index) of each block -> the number of its attentions, or of its residual blocks if it has no attention."""
+    indices: dict[tuple[str, int], dict[str, set[int]]] = {}
     for name in module_names:
-        found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.(attentions|resnets)\.(\d+)", name)
-        if found:
-            place = (found[1] or found[3], int(found[2] or 0))
-            counts.setdefault(place, {}).setdefault(found[4], set()).add(int(found[5]))
-    return {place: len(kinds.get("attentions") or kinds["resnets"]) for place, kinds in counts.items()}
+        match = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.(attentions|resnets)\.(\d+)", name)
+        if match:
+            block = (match[1] or match[3], int(match[2] or 0))
+            indices.setdefault(block, {}).setdefault(match[4], set()).add(int(match[5]))
+    return {block: len(submodules.get("attentions") or submodules["resnets"]) for block, submodules in indices.items()}
 
 
-def _block_list(strength: Mapping[str, object], region: str, index: int, size: int) -> list[float]:
+def _block_strengths(strength: Mapping[str, object], region: str, index: int, size: int) -> list[float]:
     value = strength.get(region, 1.0)
     where = region if region == "mid" else f"{region}.block_{index}"
     if isinstance(value, Mapping) and region != "mid":
@@ -65,22 +65,22 @@ def _block_list(strength: Mapping[str, object], region: str, index: int, size: i
 def _check_block_names(strength: Mapping[str, object], sizes: Mapping[tuple[str, int], int]) -> None:
     for region in ("down", "up"):
         value = strength.get(region)
-        known = [f"block_{index}" for found, index in sizes if found == region]
+        known = [f"block_{index}" for block_region, index in sizes if block_region == region]
         unknown = sorted(map(str, set(value) - set(known))) if isinstance(value, Mapping) else []
         if unknown:
             raise ConfigError(f"unknown blocks {unknown} in {region!r}, expected some of {known}")
 
 
-def _of_layer(name: str, table: Mapping[tuple[str, int], list[float]]) -> float:
-    found = _LAYER.match(name)
-    if not found:
+def _layer_strength(name: str, block_strengths: Mapping[tuple[str, int], list[float]]) -> float:
+    match = _LAYER.match(name)
+    if not match:
         return 1.0
-    numbers = table[found[1] or found[3], int(found[2] or 0)]
-    # Residual blocks can outnumber the attentions by one (the mid block): the last strength holds for the rest.
-    return numbers[min(int(found[4] or 0), len(numbers) - 1)]
+    numbers = block_strengths[match[1] or match[3], int(match[2] or 0)]
+    # A block may have one more residual block than attentions (the mid block has): it gets the last strength.
+    return numbers[min(int(match[4] or 0), len(numbers) - 1)]
 
 
 def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"{where}: {value!r} is no number")
+        raise ConfigError(f"{where}: {value!r} is not a number")
     return float(value)

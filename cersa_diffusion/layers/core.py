@@ -7,7 +7,7 @@ from cersa_diffusion.errors import ConfigError
 
 
 class KeepsFloat32(nn.Module):
-    """A module some of whose tensors only change device when the module changes dtype.
+    """A module whose tensors in `float32_names` keep their dtype when the module changes device and dtype.
 
     `.half()` and `.to(bfloat16)` of a whole model must not round singular values and trained cores.
     """
@@ -15,8 +15,9 @@ class KeepsFloat32(nn.Module):
     float32_names: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        kept = [getattr(self, name) for name in self.float32_names]
-        identities = {id(tensor) for tensor in kept} | {id(tensor.grad) for tensor in kept if tensor.grad is not None}
+        protected = [getattr(self, name) for name in self.float32_names]
+        protected += [tensor.grad for tensor in protected if tensor.grad is not None]
+        identities = {id(tensor) for tensor in protected}
 
         def keep_precision(tensor):
             moved = fn(tensor)
@@ -28,10 +29,10 @@ class KeepsFloat32(nn.Module):
 
 
 class Core(KeepsFloat32):
-    """A change on `rank` of the kept components, from `offset` on.
+    """A trainable change of `rank` neighbouring kept components.
 
     Args:
-        rank: r, the number of components it changes.
+        rank: r, the number of changed components.
         offset: the first of them; 0 for the leading ones.
     """
 
@@ -40,19 +41,24 @@ class Core(KeepsFloat32):
     def __init__(self, rank: int, offset: int = 0):
         super().__init__()
         self.rank, self.offset = rank, offset
-        # Of a core that was loaded: what the file's header says about settings, base and training, to be saved again.
+        # For a loaded core, to save it again: settings, base and training from the header of its file.
         self.facts: dict[str, dict] = {}
-        # Of a core that was loaded: how many components its layer kept in training, to be saved again; None: as many as now.
+        # For a loaded core, to save it again: the number of components that its layer kept in training; None: as many as now.
         self.trained_kept_rank: int | None = None
 
+    @property
+    def region(self) -> slice:
+        """The changed components among the kept ones."""
+        return slice(self.offset, self.offset + self.rank)
+
     def compact(self) -> Tensor:
-        """The change as the forward pass wants it: (r, r) or, where it is diagonal, (r,)."""
+        """The change in the form that the forward pass takes: (r, r), or (r,) for a diagonal."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
     def forward(self) -> Tensor:
-        """`compact`, as a call of the module: that is where offloading hooks bring its parameters to the device."""
+        """`compact` as a call of the module, because offloading hooks move its parameters to the device at a call."""
         values = self.compact()
-        # A hook that puts the parameter away again, before it is used, leaves a view of it where it was.
+        # A hook may move the parameter away before it is used; a view of it stays on the device.
         return values.view_as(values)
 
     def dense(self) -> Tensor:
@@ -65,13 +71,7 @@ class Core(KeepsFloat32):
 
 
 class MatrixCore(Core):
-    """A dense matrix: CERSA.
-
-    Args:
-        rank: r.
-        offset: the first component.
-        values: (r, r) change to start from; zeros when left out.
-    """
+    """A dense matrix: CERSA; `values` is the (r, r) change to start from, zeros by default."""
 
     kind, float32_names = "matrix", ("D",)
 
@@ -87,7 +87,7 @@ class MatrixCore(Core):
 
 
 class DiagonalCore(Core):
-    """A diagonal: CERSA with an array (Table 6) and SVFit (2409.05926)."""
+    """A diagonal: CERSA with an array (Table 6) and SVFit (arXiv 2409.05926)."""
 
     kind, float32_names = "diagonal", ("d",)
 
@@ -100,10 +100,10 @@ class DiagonalCore(Core):
 
 
 class SparseCore(Core):
-    """``sigmoid(gate) * M`` with M non-zero at fixed places: SVFT (2405.19597, section 3, and its published code).
+    """``sigmoid(gate) * M`` with M non-zero at fixed places: SVFT (arXiv 2405.19597, section 3, and its published code).
 
-    As there, M starts from a Kaiming normal distribution over its e entries (deviation sqrt(2 / e)) and the gate from zero, so
-    that an untrained layer is only nearly the pre-trained one.
+    As in SVFT, the e entries of M start from a Kaiming normal distribution (deviation sqrt(2 / e)) and the gate from zero, so
+    that an untrained layer is not exactly the pre-trained one.
 
     Args:
         rank: size of M.
@@ -119,22 +119,24 @@ class SparseCore(Core):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def compact(self) -> Tensor:
-        matrix = self.values.new_zeros(self.rank, self.rank)
-        return matrix.index_put((self.places[0], self.places[1]), torch.sigmoid(self.gate) * self.values)
+        return sparse_matrix(self.rank, self.places, self.gate, self.values)
+
+
+def sparse_matrix(rank: int, places: Tensor, gate: Tensor, values: Tensor) -> Tensor:
+    """The (rank, rank) matrix with ``sigmoid(gate) * values`` at `places` and zeros elsewhere."""
+    matrix = values.new_zeros(rank, rank)
+    return matrix.index_put((places[0].to(values.device), places[1].to(values.device)), torch.sigmoid(gate) * values)
 
 
 def banded_places(rank: int, off_diagonals: int) -> Tensor:
-    """Places of SVFT's banded pattern: the diagonal and `off_diagonals` on either side; 0 is SVFT-plain.
+    """The places of SVFT's banded pattern: the diagonal and `off_diagonals` on each side; 0 is SVFT-plain.
 
     Args:
         rank: size of the matrix.
-        off_diagonals: d, at most rank - 1.
+        off_diagonals: d, at most rank - 1; ConfigError if it is larger.
 
     Returns:
         (2, e) indices with e = rank (2 d + 1) - d (d + 1).
-
-    Raises:
-        ConfigError: more off-diagonals than the matrix has.
     """
     if not 0 <= off_diagonals < rank:
         raise ConfigError(f"off_diagonals is {off_diagonals}, expected 0 to {rank - 1} for a layer of rank {rank}")
@@ -143,7 +145,7 @@ def banded_places(rank: int, off_diagonals: int) -> Tensor:
 
 
 def random_places(rank: int, count: int) -> Tensor:
-    """`count` different random places of a matrix (SVFT-random), from torch's global random numbers: (2, count) indices."""
+    """`count` different random places of a matrix (SVFT-random), from torch's global generator: (2, count) indices."""
     flat = torch.randperm(rank * rank)[:count]
     return torch.stack([flat // rank, flat % rank])
 
@@ -151,11 +153,11 @@ def random_places(rank: int, count: int) -> Tensor:
 def top_places(U: Tensor, Vh: Tensor, count: int) -> Tensor:
     """The `count` places (i, j) where left vector i and right vector j align most (SVFT-top-k): (2, count) indices.
 
-    As in SVFT's published code, the alignment is ``U V^T`` for a square layer, and the square one of the two bases otherwise.
+    As in SVFT's published code, the alignment is ``U V^T`` for a square layer, and otherwise the one basis that is square.
 
     Args:
         U: (m, p); Vh: (p, n), p = min(m, n).
-        count: how many.
+        count: number of places.
     """
     if U.shape[0] == Vh.shape[1]:
         alignment = U @ Vh

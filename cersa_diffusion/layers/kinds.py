@@ -1,4 +1,4 @@
-"""The kinds of layers that can become CERSA layers: what their matrix is, building the CERSA layer, and the way back."""
+"""The classes of layers that can become CERSA layers: their matrix, how to build the CERSA layer, and the way back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from cersa_diffusion.weights.stored import StoredWeight, finest_weight
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How layers of one class become CERSA layers and come back.
+    """How layers of one class become CERSA layers and dense layers again.
 
     Attributes:
-        matrix: gives the (m, n) matrix that the layer multiplies by.
-        cersa_class: the layer that takes its place.
-        dense: makes a layer of this class with another (m, n) matrix, and the bias of a CERSA layer.
+        matrix: returns the (m, n) matrix that the layer multiplies by.
+        cersa_class: the layer that replaces it.
+        dense: makes a layer of this class from an (m, n) matrix and the bias of a CERSA layer.
     """
 
     matrix: Callable[[nn.Module], Tensor]
@@ -36,8 +36,8 @@ def _linear(layer: CersaLinear, matrix: Tensor) -> nn.Linear:
     return linear
 
 
-# By exact class: subclasses (quantised layers, LoRA wrappers) keep their weight in a form of their own, and
-# nn.MultiheadAttention reads the weight of its Linear subclass itself and would miss the replacement.
+# By exact class: subclasses (quantised layers, LoRA wrappers) store their weight in another form, and nn.MultiheadAttention
+# reads the weight of its Linear subclass directly and would ignore the replacement.
 KINDS: dict[type[nn.Module], LayerKind] = {nn.Linear: LayerKind(lambda layer: layer.weight, CersaLinear, _linear)}
 
 
@@ -47,7 +47,7 @@ def can_be_factored(module: nn.Module) -> bool:
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The (m, n) matrix that a dense layer multiplies by; of a subclass whose weight is a plain one as well."""
+    """The (m, n) matrix that a dense layer multiplies by; it also accepts a subclass whose weight is a plain one."""
     return _kind(layer).matrix(layer)
 
 
@@ -65,22 +65,22 @@ def build_layer(
     stored: StoredWeight | None = None,
     pivots: Pivots | None = None,
 ) -> CersaLinear:
-    """The CERSA layer for a dense layer, not yet in its place and without cores.
+    """The CERSA layer for a dense layer, without cores and not yet part of the model.
 
     Args:
         dense: the layer to replace.
         factors: its decomposition, at least the leading `kept_rank` triplets.
         kept_rank: k.
         keep_residual: keep the part of the weight outside these components, frozen and dense.
-        keep_base: keep the weight for `restore_base`: in CPU memory, unless it can be read again from its checkpoint.
-        stored: where the checkpoint has the weight, if it has.
-        pivots: of the decomposition, where they are known.
+        keep_base: keep the weight for `restore_base`, in CPU memory unless the checkpoint stores it.
+        stored: the weight in the checkpoint, if it was found there.
+        pivots: the pivots of the decomposition, if they are known.
     """
     weight, residual = matrix_of(dense), None
     if keep_residual:
-        # From the cache they come on the CPU.
+        # The cache returns tensors on the CPU.
         factors = Decomposition(*(factor.to(weight.device) for factor in (factors.U, factors.s, factors.Vh)))
-        # What the bases do not hold after they were rounded to the compute dtype: together they are the weight again.
+        # Computed from the bases as rounded to the compute dtype, so that bases and residual add up to the weight.
         U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
         residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
     dense_weight = (stored or weight) if keep_base else None
@@ -93,13 +93,13 @@ def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decompo
     """The untrained core of a layer.
 
     Args:
-        name: of the layer, for the error.
+        name: name of the layer, for the error.
         config: the settings.
         ranks: k and r.
-        factors: the layer's decomposition, at least the leading k triplets.
+        factors: the decomposition of the layer, at least the leading k triplets.
 
     Raises:
-        ConfigError: the pattern needs all components, and the layer keeps fewer (its weight has a lower rank).
+        ConfigError: the pattern needs all components, but the layer keeps fewer (its weight has a lower rank).
     """
     kept, rank = ranks
     if config.core == "sparse":
@@ -120,6 +120,6 @@ def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decompo
 
 
 def as_dense(layer: CersaLinear, matrix: Tensor) -> nn.Module:
-    """A layer of the class that was replaced, with a dense (m, n) matrix and the bias of the CERSA layer."""
+    """A layer of the replaced class with a dense (m, n) matrix and the bias of the CERSA layer."""
     kind = next(kind for kind in KINDS.values() if kind.cersa_class is type(layer))
     return kind.dense(layer, matrix)

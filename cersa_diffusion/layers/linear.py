@@ -1,4 +1,4 @@
-"""The CERSA layer: a linear layer cut to its principal subspace, with small trainable cores inside it."""
+"""The CERSA layer: a linear layer truncated to its principal subspace, with small trainable cores in it."""
 
 from collections.abc import Mapping
 
@@ -14,20 +14,19 @@ from cersa_diffusion.weights.stored import StoredWeight
 class CersaLinear(KeepsFloat32):
     """``y = U (s * h + pad(D h[o:o+r])) + R x + b``, ``h = Vh x``; ``U``, ``s``, ``Vh``, ``R`` frozen, the cores ``D`` trainable.
 
-    An untrained layer is the truncated layer ``U diag(s) Vh``, or the whole one where the residual R is kept. Several named
+    An untrained layer computes the truncated weight ``U diag(s) Vh``, or the whole one if the residual R is kept. Several named
     cores add up: ``D = sum strength_i D_i``. Bases are buffers in the compute dtype; singular values and cores stay float32
-    through every dtype move.
+    when the layer changes its dtype.
 
     Args:
         decomposition: leading factors of the weight, at least `kept_rank` of them, values descending.
         kept_rank: k, the number of singular triplets to keep.
         bias: the bias of the replaced layer, or None; shared, not copied.
         dtype: compute dtype of the bases.
-        device: where the layer lives; default: where the decomposition is.
-        dense_weight: the replaced weight, kept in CPU memory so that it can come back bit for bit; or where it lies on disk;
-            or None.
-        residual: (m, n) part of the weight outside the kept components, or None where it is dropped.
-        pivots: those of the decomposition, where they are known; default: chosen when they are asked for.
+        device: device of the layer; default: that of the decomposition.
+        dense_weight: the replaced weight for an exact restoration, kept in CPU memory or as a reference to its file; or None.
+        residual: (m, n) part of the weight outside the kept components, or None if it is dropped.
+        pivots: the pivots of the decomposition, if they are known; default: computed when they are first needed.
     """
 
     float32_names = ("s",)
@@ -56,60 +55,56 @@ class CersaLinear(KeepsFloat32):
         self.cores = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
         self.enabled = True
-        # The fingerprint of the replaced weight that adapter files carry (`fingerprint.base_entries`); empty when not known.
+        # The fingerprint of the replaced weight for adapter files (`fingerprint.base_entries`); empty if it is unknown.
         self.base_entries: tuple[float, ...] = ()
-        # Whether this layer is no replacement: of a compressed checkpoint, whose base has no dense weight to go back to.
+        # True for a layer of a compressed checkpoint: it replaced no dense weight that could be restored.
         self.is_base = False
         if isinstance(dense_weight, Tensor):
             dense_weight = dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
-        # First component -> pivots of the components from there on. Nothing that trains: chosen once, and in no state dict.
+        # First component -> pivots of the components from it on. The bases are frozen, so they are chosen only once.
         self._pivots = {} if pivots is None else {0: Pivots(*(indices[:kept_rank] for indices in pivots))}
-        # In a tuple, so that it is no part of the module: not in the state dict, not moved to the GPU.
+        # A tuple keeps the weight out of the module: out of its state dict and off the GPU.
         self._dense = (dense_weight,)
 
     @property
     def base_kept(self) -> bool:
-        """Whether the replaced weight was kept, in memory or where it lies on disk."""
+        """Whether the replaced weight was kept, in memory or as a reference to its file."""
         return self._dense[0] is not None
 
     @property
     def dense_weight(self) -> Tensor | None:
-        """The (m, n) weight this layer replaced, on the CPU, or None when it was not kept (or its file has changed since)."""
-        kept = self._dense[0]
-        return kept.read() if isinstance(kept, StoredWeight) else kept
+        """The replaced (m, n) weight on the CPU, or None if it was not kept or its file has changed since."""
+        weight = self._dense[0]
+        return weight.read() if isinstance(weight, StoredWeight) else weight
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the weight without its numbers, on the meta device: some models (T5) look at a layer's dtype."""
+        """A weight on the meta device, with shape and dtype but no numbers: some models (T5) read the dtype of a layer."""
         return torch.empty(self.out_features, self.in_features, dtype=self.U.dtype, device="meta")
 
     def add_core(self, adapter_name: str, core: Core, strength: float = 1.0) -> None:
-        """Adds a core.
+        """Adds a core and moves it to the device of the layer.
 
         Args:
-            adapter_name: a name that this layer does not have yet.
-            core: a change of some of the kept components; moved to the layer's device.
+            adapter_name: a name that no core of this layer has.
+            core: a change of some of the kept components.
             strength: factor of this core in the sum of cores.
 
         Raises:
-            ConfigError: the name is taken, or the core reaches beyond the kept components.
+            ConfigError: the name is taken or not allowed, or the core changes components that are not kept.
         """
         if adapter_name in self.cores:
             raise ConfigError(f"adapter {adapter_name!r} is already on this layer: choose another name or delete it")
         if not adapter_name or "." in adapter_name or hasattr(self.cores, adapter_name):
-            raise ConfigError(f"{adapter_name!r} cannot be the name of an adapter: torch has a use of its own for it")
-        if core.rank < 1 or core.offset < 0 or core.offset + core.rank > self.kept_rank:
-            last = core.offset + core.rank - 1
-            raise ConfigError(f"a core on components {core.offset} to {last} does not fit the {self.kept_rank} that are kept")
+            raise ConfigError(f"{adapter_name!r} cannot be an adapter name, because torch reserves it: choose another name")
+        if core.rank < 1 or core.offset < 0 or core.region.stop > self.kept_rank:
+            last = core.region.stop - 1
+            raise ConfigError(f"a core on components {core.offset} to {last} does not fit: this layer keeps {self.kept_rank}")
         self.cores[adapter_name] = core.to(self.U.device)
         self.strengths[adapter_name] = strength
 
     def delete_core(self, adapter_name: str) -> None:
-        """Removes a core.
-
-        Raises:
-            ConfigError: there is no such core.
-        """
+        """Removes a core; raises ConfigError if there is no core of this name."""
         if adapter_name not in self.cores:
             raise ConfigError(f"no adapter {adapter_name!r} on this layer, it has {sorted(self.cores)}")
         del self.cores[adapter_name], self.strengths[adapter_name]
@@ -118,10 +113,10 @@ class CersaLinear(KeepsFloat32):
         """The weighted sum of the cores whose strength is not zero, and its first component.
 
         Args:
-            strengths: core name -> strength; the layer's own when left out, none while it is disabled.
+            strengths: core name -> strength; default: those of the layer, or none while it is disabled.
 
         Returns:
-            (r, r) or diagonal (r,) float32 tensor, or None when no core is active; and the offset.
+            The (r, r) or diagonal (r,) float32 tensor, or None if no core is active; and the offset.
         """
         if strengths is None:
             strengths = self.strengths if self.enabled else {}
@@ -131,22 +126,22 @@ class CersaLinear(KeepsFloat32):
         if len(active) == 1:
             core, strength = active[0]
             return (core() if strength == 1 else core() * strength), core.offset
-        first = min(core.offset for core, _ in active)
-        last = max(core.offset + core.rank for core, _ in active)
-        total = self.s.new_zeros(last - first, last - first)
+        start = min(core.offset for core, _ in active)
+        stop = max(core.offset + core.rank for core, _ in active)
+        total = self.s.new_zeros(stop - start, stop - start)
         for core, strength in active:
-            before, after = core.offset - first, last - core.offset - core.rank
+            before, after = core.offset - start, stop - core.offset - core.rank
             total = total + strength * nn.functional.pad(core.dense(), (before, after, before, after))
-        return total, first
+        return total, start
 
     def pivots(self, rank: int, offset: int = 0) -> Pivots:
-        """The rows and columns at which a change of `rank` components from `offset` on is stored; chosen once."""
+        """The rows and columns at which a change of `rank` components from `offset` on is stored."""
         if offset not in self._pivots:
             self._pivots[offset] = choose_pivots(self.U[:, offset:], self.Vh[offset:])
         return Pivots(*(indices[:rank] for indices in self._pivots[offset]))
 
     def _load_from_state_dict(self, *args) -> None:
-        self._pivots = {}  # these may be other bases
+        self._pivots = {}  # the state dict may hold other bases
         super()._load_from_state_dict(*args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +149,7 @@ class CersaLinear(KeepsFloat32):
         return cersa_linear(x, self.U, self.s, self.Vh, core, self.bias, offset, self.residual)
 
     def weight_change(self, strengths: Mapping[str, float] | None = None) -> Tensor:
-        """``dW = U D Vh`` of the active cores: (m, n), float64; strengths as in `active_core`."""
+        """``dW = U D Vh`` of the active cores as (m, n) in float64; `strengths` as in `active_core`."""
         core, offset = self.active_core(strengths)
         if core is None:
             return torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=float64(self.s).device)
@@ -163,11 +158,7 @@ class CersaLinear(KeepsFloat32):
         return float64(self.U[:, region]) @ float64(core) @ float64(self.Vh[region])
 
     def effective_weight(self, strengths: Mapping[str, float] | None = None) -> Tensor:
-        """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and place of the bases.
-
-        Args:
-            strengths: as in `active_core`.
-        """
+        """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and on the device of the bases."""
         weight = (float64(self.U) * float64(self.s)) @ float64(self.Vh) + self.weight_change(strengths)
         if self.residual is not None:
             weight = weight + float64(self.residual)
@@ -181,12 +172,12 @@ class CersaLinear(KeepsFloat32):
 
 
 class FusedLinear(nn.Linear):
-    """A dense layer in the place of a CERSA layer, which it keeps for `cersa_diffusion.unfuse`.
+    """A dense layer that replaces a CERSA layer and keeps it for `cersa_diffusion.unfuse`.
 
-    To other libraries it is a plain `nn.Linear`: it can be saved, quantised, or given a LoRA.
+    Other libraries treat it as a plain `nn.Linear`: they can save or quantise it, or add a LoRA to it.
 
     Args:
-        factored: the layer it stands for; its bias is shared.
+        factored: the replaced layer; its bias is shared.
         weight: (m, n) dense weight.
     """
 
@@ -194,10 +185,10 @@ class FusedLinear(nn.Linear):
         super().__init__(factored.in_features, factored.out_features, bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = factored.bias
-        # In a tuple, so that it is no part of the module: its tensors are neither saved nor listed as parameters.
+        # A tuple keeps the layer out of the module: its tensors are neither saved nor listed as parameters.
         self._factored = (factored,)
 
     @property
     def factored(self) -> CersaLinear:
-        """The CERSA layer, on the device and in the dtype of the moment of fusing."""
+        """The CERSA layer, on the device and in the dtype that it had when it was fused."""
         return self._factored[0]

@@ -1,4 +1,4 @@
-"""The layers of a model: which ones a specification names, whether they can be decomposed, finding and replacing them."""
+"""The layers of a model: selecting them by name, checking whether they can be decomposed, finding and replacing them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.layers.kinds import KINDS, can_be_factored
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
 
-# Dtypes of weights with enough digits for a decomposition; those of fewer bits are quantised, with scales of their own.
+# Dtypes of weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
 DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def match_targets(
     model: nn.Module, target_modules: str | list[str], exclude_modules: str | list[str] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers that a target specification names, in model order.
+    """The layers that a target specification selects, in model order.
 
     Args:
         model: any torch model.
@@ -29,7 +29,7 @@ def match_targets(
         Module name -> layer, of the classes in `KINDS`.
 
     Raises:
-        ConfigError: nothing matches; the message lists what could have.
+        ConfigError: no layer matches; the message lists the endings of all possible layers.
     """
     candidates = {name: module for name, module in model.named_modules() if can_be_factored(module)}
     targets = {
@@ -40,8 +40,8 @@ def match_targets(
     }
     if not targets:
         endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-        already = sum(isinstance(module, CersaLinear) for module in model.modules())
-        hint = f"; {already} layers are CERSA layers already: add_adapter adds an adapter to them" if already else ""
+        replaced = sum(isinstance(module, CersaLinear) for module in model.modules())
+        hint = f"; {replaced} layers are already CERSA layers: add_adapter adds an adapter to them" if replaced else ""
         raise ConfigError(
             f"target_modules={target_modules!r} matches no nn.Linear of {type(model).__name__}: "
             f"its linear layers end in {endings}{hint}"
@@ -50,18 +50,18 @@ def match_targets(
 
 
 def name_matches(name: str, pattern: str | list[str]) -> bool:
-    """Whether a layer's name is what a pattern means: a regular expression for whole names, or a list of name endings."""
+    """Whether a layer's name matches a regular expression for whole names, or one of a list of name endings."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in pattern)
 
 
 def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Refuses layers that cannot be decomposed, before anything is changed.
+    """Refuses layers that cannot be decomposed.
 
     Raises:
-        ConfigError: a meta tensor, a quantised weight (whatever dtype it claims), or a weight that two modules share.
-        NonFiniteError: NaN or infinity in a weight.
+        ConfigError: a weight is on the meta device, is quantised (whatever dtype it reports), or is shared by two modules.
+        NonFiniteError: a weight holds NaN or infinity.
     """
     check_untied(model, layers)
     for name, layer in layers.items():
@@ -80,44 +80,48 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Refuses layers whose weight another module has as well.
-
-    Raises:
-        ConfigError: such a layer, and what it shares its weight with.
-    """
-    owners: dict[int, list[str]] = {}
+    """Raises ConfigError for a layer whose weight is also a parameter of another module, and names all these parameters."""
+    parameter_names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(parameter_name)
+        parameter_names.setdefault(id(parameter), []).append(parameter_name)
     for name, layer in layers.items():
-        if len(owners[id(layer.weight)]) > 1:
-            names = owners[id(layer.weight)]
-            raise ConfigError(f"layer {name} shares its weight with {names}: untie it or add it to exclude_modules")
+        sharing = parameter_names[id(layer.weight)]
+        if len(sharing) > 1:
+            raise ConfigError(f"layer {name} shares its weight with {sharing}: untie it or add it to exclude_modules")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the submodule of that name, keeping the training mode."""
+    """Replaces the submodule of this name by another module, which takes over the training mode."""
     parent_name, _, child_name = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     module.train(getattr(parent, child_name).training)
     setattr(parent, child_name, module)
 
 
+def installed_layers(model: nn.Module) -> dict[str, CersaLinear | FusedLinear]:
+    """Name -> module of all CERSA layers and fused layers of a model, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear | FusedLinear)}
+
+
 def cersa_layers(model: nn.Module) -> dict[str, CersaLinear]:
-    """Name -> layer of all CERSA layers of a model, in model order; of fused ones the layer that was fused."""
-    return {name: module.factored if isinstance(module, FusedLinear) else module for name, module in _places(model).items()}
+    """Name -> layer of all CERSA layers of a model, in model order; a fused layer is represented by the CERSA layer in it."""
+    modules = installed_layers(model)
+    return {name: module.factored if isinstance(module, FusedLinear) else module for name, module in modules.items()}
+
+
+def layers_by_key(components: Mapping[str, nn.Module]) -> dict[str, CersaLinear]:
+    """ "component.name" -> layer of all CERSA layers of several models."""
+    models = components.items()
+    return {f"{component}.{name}": layer for component, model in models for name, layer in cersa_layers(model).items()}
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
     """Name -> layer of all fused layers of a model, in model order."""
-    return {name: module for name, module in _places(model).items() if isinstance(module, FusedLinear)}
-
-
-def _places(model: nn.Module) -> dict[str, CersaLinear | FusedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear | FusedLinear)}
+    return {name: module for name, module in installed_layers(model).items() if isinstance(module, FusedLinear)}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters an optimizer has to be given: those that require a gradient."""
+    """The parameters for the optimizer: those that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -125,27 +129,24 @@ LONE_COMPONENT = "model"
 
 
 def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The components of a model by name; a lone model is a component itself."""
+    """The components of a pipeline by name; a single model becomes the only component."""
     return {LONE_COMPONENT: model} if isinstance(model, nn.Module) else dict(model)
 
 
 @contextmanager
 def all_or_nothing(*models: nn.Module) -> Iterator[None]:
-    """Undoes what the block did to layers, cores and strengths when it raises (an interrupt included).
+    """Undoes the changes of the block to layers, cores and strengths of the models if it raises (an interrupt included).
 
-    The tensors themselves are not copied: operations that write into cores undo that themselves.
-
-    Args:
-        models: the models that the block changes.
+    The tensors themselves are not copied: operations that write into cores must undo this themselves.
     """
-    kinds = (*KINDS, CersaLinear, FusedLinear)
-    places = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, kinds)]
+    classes = (*KINDS, CersaLinear, FusedLinear)
+    modules = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, classes)]
     layers = [layer for model in models for layer in cersa_layers(model).values()]
     states = [(layer, dict(layer.cores.items()), dict(layer.strengths), layer.enabled) for layer in layers]
     try:
         yield
     except BaseException:
-        for model, name, module in places:
+        for model, name, module in modules:
             if model.get_submodule(name) is not module:
                 replace_module(model, name, module)
         for layer, cores, strengths, enabled in states:

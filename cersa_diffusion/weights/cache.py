@@ -1,9 +1,9 @@
-"""What takes long is done once: an on-disk cache of singular value decompositions, and of what training computes beforehand.
+"""The on-disk cache of singular value decompositions, and of latents and text embeddings that training computes beforehand.
 
-Entries are safetensors, named by a hash of all that they depend on (a weight's bytes and the algorithm), with a checksum over
-the whole file that every reading compares, and then memory-mapped. Writing is atomic, and one lock for every 256th part of the
-entries keeps two processes from computing the same one. `CERSA_CACHE` names the folder or is "off", `CERSA_CACHE_LIMIT` bounds
-it in GiB, and so each of its parts.
+Entries are safetensors files, named by a hash of everything they depend on (for a decomposition the bytes of the weight and the
+algorithm). Every read checks a checksum over the whole file and then maps the file into memory. Writing is atomic. The entries
+are divided among 256 locks, so that two processes do not compute the same entry. `CERSA_CACHE` names the folder or is "off";
+`CERSA_CACHE_LIMIT` limits its size in GiB, and separately the size of each of its parts.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import mmap
 import os
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,27 +25,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.files import atomic_write
 from cersa_diffusion.functional import Pivots, choose_pivots, decompose
 from cersa_diffusion.weights.checksum import NO_CHECKSUM, is_intact, write_checksum
 
-# Raised whenever the same weight may get another entry.
+# Changed whenever the same weight may get another entry.
 ALGORITHM = "gram-or-svd-2"
 DEFAULT_LIMIT_GIB = 20.0
-# Sub-folders of the cache: decompositions are in the folder itself, the others are training's.
+# Sub-folders of the cache: decompositions are in the folder itself, training uses the others.
 LATENTS, TEXT_EMBEDDINGS = "latents", "text_embeddings"
 CACHE_PARTS = ("", LATENTS, TEXT_EMBEDDINGS)
-# How long to wait for another process that computes an entry, before computing it here as well.
+# How long to wait for another process that computes an entry before computing it in this process too.
 CLAIM_SECONDS = 600
-# A temporary file this old is no writer's that still lives.
+# A process that wrote a temporary file this old is no longer running.
 ABANDONED_SECONDS = 3600
 _CHECKSUM_MARKER = b'"sha256":"'
-# On an accelerator layers are decomposed one at a time: more at once take memory and no less time.
+# On an accelerator layers are decomposed one at a time: decomposing several at once needs more memory and saves no time.
 _ACCELERATOR = threading.Lock()
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds; the size counts what writers that were killed have left."""
+    """The content of a cache; the size includes temporary files that killed processes left behind."""
 
     folder: Path
     entries: int
@@ -55,11 +55,11 @@ class CacheInfo:
 
 
 class TensorCache:
-    """Named tensors on disk, some for each key.
+    """Named tensors on disk, one set for each key.
 
     Args:
-        folder: where the entries are; made when the first one is written.
-        limit_bytes: `trim` removes the entries that were unused for longest beyond this size.
+        folder: the folder of the entries; created when the first one is written.
+        limit_bytes: above this size, `trim` removes the least recently used entries.
     """
 
     def __init__(self, folder: str | os.PathLike, limit_bytes: int):
@@ -68,10 +68,9 @@ class TensorCache:
 
     @classmethod
     def default(cls, part: str = "") -> "TensorCache | None":
-        """The cache that the environment names, by default under the user's cache folder; None when it is off.
+        """The cache (or the sub-folder `part` of it) that the environment names; None if it is off.
 
-        Args:
-            part: sub-folder of entries of another kind than decompositions.
+        By default it is in the user's cache folder.
 
         Raises:
             ConfigError: `CERSA_CACHE_LIMIT` is not a positive number.
@@ -90,15 +89,15 @@ class TensorCache:
         return cls((Path(setting) if setting else home / "cersa_diffusion") / part, limit_bytes)
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
-        """The entry of a key, memory-mapped, or None when there is none; a damaged one is removed with a warning."""
+        """The memory-mapped entry of a key, or None if there is none; a damaged entry is removed with a warning."""
         path = self._path(key)
         try:
             intact = _is_intact(path)
         except OSError:
             return None
         if not intact:
-            warnings.warn(f"the cache entry {path} is damaged: it is removed and computed anew", stacklevel=2)
-            with contextlib.suppress(OSError):  # someone else's cache
+            warnings.warn(f"the cache entry {path} is damaged: it is removed and computed again", stacklevel=2)
+            with contextlib.suppress(OSError):  # the cache of another user
                 path.unlink()
             return None
         try:
@@ -106,63 +105,52 @@ class TensorCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, safetensors.SafetensorError):  # another process has just removed it
             return None
-        with contextlib.suppress(OSError):  # someone else's cache: readable all the same
+        with contextlib.suppress(OSError):  # the cache of another user, which can still be read
             os.utime(path)
         return tensors
 
     def write_tensors(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes an entry under a temporary name and renames it: readers see the old entry, the new one, or none.
+        """Writes an entry atomically: other processes read the old entry, the new one, or none.
 
-        A folder that cannot be written (or a full disk) costs a warning, once, and the cache is only read from then on.
+        If the folder cannot be written (or the disk is full), this warns once, and the cache is only read from then on.
         """
         if not self._writable:
             return
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(path, tensors)
+            # Not flushed to the disk: an entry that is incomplete after a power cut does not match its checksum.
+            with atomic_write(path, flushed=False) as temporary:
+                content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+                save_file(content, temporary, metadata={"sha256": NO_CHECKSUM})
+                with open(temporary, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                    write_checksum(mapped, _CHECKSUM_MARKER)
         except (OSError, safetensors.SafetensorError) as error:
             with self._warning:
                 if self._writable:
                     warnings.warn(
-                        f"the cache {self.folder} cannot be written ({error}): set CERSA_CACHE to another folder, or every run "
-                        "computes its entries anew",
+                        f"the cache {self.folder} cannot be written ({error}), so every run computes its entries again: set "
+                        "CERSA_CACHE to another folder",
                         stacklevel=2,
                     )
                 self._writable = False
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask has it; safetensors alone would make the file private
-            content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(content, temporary, metadata={"sha256": NO_CHECKSUM})
-            with open(temporary, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-                write_checksum(mapped, _CHECKSUM_MARKER)
-            temporary.chmod(mode)
-            # Not flushed to the disk first: an entry that a power cut leaves half-written does not fit its checksum.
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[None]:
-        """Waits until no other process computes this entry; a process that dies gives its claim up.
+        """Waits until no other process computes this entry; the claim of a process ends with the process.
 
-        Where there are no locks (a read-only folder), or after `CLAIM_SECONDS`, the entry is computed by both.
+        If locks are impossible (in a read-only folder), or after `CLAIM_SECONDS`, both processes compute the entry.
         """
         path = self._path(key)
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, Timeout):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # One lock for all entries of a subfolder: their number stays bounded, and waiting in vain does no harm.
+                # One lock for all entries of a subfolder limits the number of lock files; an unnecessary wait does no harm.
                 stack.enter_context(FileLock(path.parent / ".lock", timeout=CLAIM_SECONDS))
             yield
 
     def trim(self) -> None:
-        """Removes what killed writers have left, and the entries that were unused for longest until the rest fits the limit."""
+        """Removes old temporary files, and the least recently used entries until the others fit the limit."""
         for path, status in self._temporary_files():
             if time.time() - status.st_mtime > ABANDONED_SECONDS:
                 with contextlib.suppress(PermissionError):
@@ -172,17 +160,17 @@ class TensorCache:
         for path, status in entries:
             if excess <= 0:
                 return
-            with contextlib.suppress(PermissionError):  # someone else's cache
+            with contextlib.suppress(PermissionError):  # the cache of another user
                 path.unlink(missing_ok=True)
             excess -= status.st_size
 
     def clear(self) -> None:
-        """Removes all entries, and what writers that were killed have left."""
+        """Removes all entries and all temporary files."""
         for path, _ in self._entries() + self._temporary_files():
             path.unlink(missing_ok=True)
 
     def info(self) -> CacheInfo:
-        """Where the cache is and what it holds."""
+        """The folder of the cache and its content."""
         entries = self._entries()
         size = sum(status.st_size for _, status in entries + self._temporary_files())
         return CacheInfo(self.folder, len(entries), size, self.limit_bytes)
@@ -199,15 +187,13 @@ class TensorCache:
     def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
         files = []
         for path in self.folder.glob(pattern):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another process may be trimming too
                 files.append((path, path.stat()))
-            except FileNotFoundError:  # another process trims as well
-                continue
         return files
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file fits its checksum, read through a memory map: no copy of it is made."""
+    """Whether a file matches its checksum; a memory map avoids a copy of the file."""
     with open(path, "rb") as file:
         header_end = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < header_end <= os.fstat(file.fileno()).st_size:
@@ -223,8 +209,8 @@ class LeadingFactors(NamedTuple):
         U: (m, k) float32.
         s: (p,) float64, all singular values, descending.
         Vh: (k, n) float32.
-        rows: (k,) and
-        columns: (k,): as `cersa_diffusion.functional.choose_pivots` gives them.
+        rows: (k,) pivot rows from `cersa_diffusion.functional.choose_pivots`.
+        columns: (k,) pivot columns from it.
     """
 
     U: Tensor
@@ -235,7 +221,7 @@ class LeadingFactors(NamedTuple):
 
     @property
     def pivots(self) -> Pivots:
-        """Rows and columns together."""
+        """The pivot rows and columns in one tuple."""
         return Pivots(self.rows, self.columns)
 
 
@@ -243,7 +229,7 @@ class DecompositionCache(TensorCache):
     """Decompositions on disk."""
 
     def read(self, key: str) -> LeadingFactors | None:
-        """The entry of a key, or None when there is none that can be read."""
+        """The entry of a key, or None if there is no readable one."""
         tensors = self.read_tensors(key)
         if tensors is None or tensors.keys() != set(LeadingFactors._fields):
             return None
@@ -255,7 +241,7 @@ class DecompositionCache(TensorCache):
 
 
 def weight_key(weight: Tensor) -> str:
-    """A hash of a weight's bytes, dtype and shape and of the algorithm that decomposes it."""
+    """A hash of the bytes, dtype and shape of a weight and of the algorithm that decomposes it."""
     data = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{ALGORITHM} {data.dtype} {tuple(data.shape)}".encode())
     digest.update(data.view(torch.uint8).numpy().data)
@@ -263,39 +249,39 @@ def weight_key(weight: Tensor) -> str:
 
 
 def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache: DecompositionCache | None) -> LeadingFactors:
-    """The leading singular triplets of a weight, from the cache where it has enough of them.
+    """The leading singular triplets of a weight, from the cache if it has enough of them.
 
     The bases are rounded to float32 with and without a cache, so that both give the same layers.
 
     Args:
         weight: (m, n) matrix of any floating dtype.
-        choose_rank: from the whole spectrum (float64, descending) to the number of triplets wanted.
-        cache: where to look and to keep the result, or None.
+        choose_rank: gives the required number of triplets for the whole spectrum (float64, descending).
+        cache: the cache that is read and written, or None.
 
     Returns:
-        At least as many triplets as are wanted.
+        At least the required number of triplets.
     """
     if cache is None:
-        return _rounded(weight, choose_rank)
+        return _compute_factors(weight, choose_rank)
     key = weight_key(weight)
-    found = _enough(cache.read(key), weight, choose_rank)
-    if found is not None:
-        return found
+    factors = cache.read(key)
+    if _suffices(factors, weight, choose_rank):
+        return factors
     with cache.claim(key):
-        found = _enough(cache.read(key), weight, choose_rank)  # another process may have been at it
-        if found is None:
-            found = _rounded(weight, choose_rank)
-            cache.write(key, found)
-    return found
+        factors = cache.read(key)  # another process may have written the entry in the meantime
+        if not _suffices(factors, weight, choose_rank):
+            factors = _compute_factors(weight, choose_rank)
+            cache.write(key, factors)
+    return factors
 
 
-def _enough(found: LeadingFactors | None, weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors | None:
-    if found is None or len(found.s) != min(weight.shape) or (len(found.U), found.Vh.shape[-1]) != weight.shape:
-        return None
-    return found if found.U.shape[1] >= choose_rank(found.s) else None
+def _suffices(factors: LeadingFactors | None, weight: Tensor, choose_rank: Callable[[Tensor], int]) -> bool:
+    if factors is None or len(factors.s) != min(weight.shape) or (len(factors.U), factors.Vh.shape[-1]) != weight.shape:
+        return False
+    return factors.U.shape[1] >= choose_rank(factors.s)
 
 
-def _rounded(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors:
+def _compute_factors(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors:
     with contextlib.nullcontext() if weight.device.type == "cpu" else _ACCELERATOR:
         factors = decompose(weight)
         rank = choose_rank(factors.s)

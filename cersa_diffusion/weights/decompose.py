@@ -1,14 +1,15 @@
 """Decomposing the layers of a model: worker threads, progress, the on-disk cache, and a share for each process.
 
-On the CPU one layer is one worker thread's (LAPACK runs without Python's lock); as long as there are at least as many layers as
-threads, and at most `MAX_WORKERS` threads, every solver runs on a single thread and the numbers do not depend on how many there
-are. Otherwise, and between machines, they may differ in the last digits of float64, and singular vectors of close values may
-turn: the adapter file is made for that (docs/file-format.md). Weights on an accelerator are decomposed there, one at a time.
+On the CPU each layer is decomposed by one worker thread (LAPACK runs without Python's lock). With at least as many layers as
+threads, and at most `MAX_WORKERS` threads, every solver runs on a single thread, and the results do not depend on the number of
+threads. Otherwise, and between machines, results may differ in the last digits of float64, and singular vectors of close values
+may rotate: the format of the adapter file allows for this (docs/file-format.md). Weights on an accelerator are decomposed there,
+one at a time.
 
-Several processes share the work through the cache, without talking to each other: each does its own share first, then what is
-missing of the others', and the cache's locks see to it that no layer is decomposed twice. So a process that dies holds nobody
-up, only one of them may come here at all, and machines with a cache each need not see each other's. With the cache off every
-process decomposes everything.
+Several processes share the work only through the cache: each process decomposes its own share first, and then the missing layers
+of the other shares; the locks of the cache prevent that a layer is decomposed twice. A process that dies does not block the
+others, a single process may call this alone, and machines need not share a cache. Without a cache every process decomposes all
+layers.
 """
 
 from collections import deque
@@ -26,7 +27,7 @@ from cersa_diffusion.errors import CersaError
 from cersa_diffusion.weights.cache import DecompositionCache, LeadingFactors, leading_factors
 from cersa_diffusion.weights.stored import StoredWeight, finest_weight
 
-# Bounds the memory: a worker holds a layer's float64 factors, some 200 MB for 5120 x 1280.
+# Limits the memory: a worker holds the float64 factors of a layer, about 200 MB for 5120 x 1280.
 MAX_WORKERS = 16
 
 
@@ -35,10 +36,10 @@ class LayerJob:
     """One weight to decompose.
 
     Args:
-        name: the layer's name, for progress and errors.
+        name: name of the layer, for progress and errors.
         shape: (m, n).
-        load: gives the weight; called in a worker thread, so that a file need not be read ahead of its turn.
-        choose_rank: from the whole spectrum (float64, descending) to the number of triplets wanted.
+        load: returns the weight; called in a worker thread, so that a file is read only when its turn comes.
+        choose_rank: gives the required number of triplets for the whole spectrum (float64, descending).
     """
 
     name: str
@@ -50,40 +51,40 @@ class LayerJob:
     def of(
         cls, name: str, weight: Tensor, choose_rank: Callable[[Tensor], int], stored: StoredWeight | None = None
     ) -> "LayerJob":
-        """The job for a weight that is in memory, and perhaps with more bits in its checkpoint."""
+        """The job for a weight in memory, which its checkpoint may store with more bits."""
         return cls(name, tuple(weight.shape), lambda: finest_weight(weight, stored), choose_rank)
 
     @property
     def cost(self) -> int:
-        """Floating-point operations, up to a constant."""
+        """The number of floating-point operations, up to a constant factor."""
         return self.shape[0] * self.shape[1] * min(self.shape)
 
 
 @contextmanager
 def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) -> Iterator[Iterator[tuple[str, LeadingFactors]]]:
-    """Decomposes layers, each once, through the cache that the environment names.
+    """Decomposes layers, each once, with the cache that the environment names.
 
-    A context manager, so that an error or Ctrl-C in the loop over the results ends the work too: layers under way are finished
-    (and kept in the cache), the others are not begun.
+    The context manager stops the work after an error or Ctrl-C in the loop over the results: layers in progress are finished
+    (and kept in the cache), the others are not started.
 
     Args:
         jobs: the layers.
         show_progress: show a bar with layer names and remaining time, in the first process only.
 
     Yields:
-        An iterator over (name, factors) in the order of the jobs, factors as `leading_factors` gives them. At most one result
-        more than there are workers is held for it.
+        An iterator over (name, factors) in the order of the jobs, with factors from `leading_factors`. It holds at most one
+        result more than there are workers.
 
     Raises:
-        ConfigError: the cache's settings cannot be used.
-        CersaError: a solver gave up on a layer.
+        ConfigError: the settings of the cache cannot be used.
+        CersaError: a solver failed on a layer.
     """
-    cache, (own, processes) = DecompositionCache.default(), _process()
-    divided = cache is not None and processes > 1
-    with _workers(len(jobs)) as run, _Progress(jobs, show_progress and own == 0) as progress:
+    cache, (rank, world_size) = DecompositionCache.default(), _rank_and_world_size()
+    divided = cache is not None and world_size > 1
+    with _workers(len(jobs)) as run, _Progress(jobs, show_progress and rank == 0) as progress:
         if divided:
-            order = _own_first(jobs, own, processes)
-            for job, _ in zip(order, run(partial(_keep, cache=cache), order), strict=True):
+            ordered = _own_share_first(jobs, rank, world_size)
+            for job, _ in zip(ordered, run(partial(_fill_cache, cache=cache), ordered), strict=True):
                 progress.count(job)
         yield _results(jobs, run(partial(_factors, cache=cache), jobs), None if divided else progress)
     if cache:
@@ -100,38 +101,30 @@ def _results(
 
 
 def shares(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Splits jobs into parts of about equal cost: the dearest first, each to the part that has least so far.
-
-    Args:
-        costs: of each job.
-        parts: how many.
-
-    Returns:
-        The job numbers of each part; every job is in one of them.
-    """
-    split, loads = [[] for _ in range(parts)], [0] * parts
+    """The job indices of `parts` parts of about equal cost: each job, from the most expensive on, goes to the cheapest part."""
+    job_indices, loads = [[] for _ in range(parts)], [0] * parts
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        least = loads.index(min(loads))
-        split[least].append(job)
-        loads[least] += costs[job]
-    return split
+        cheapest = loads.index(min(loads))
+        job_indices[cheapest].append(job)
+        loads[cheapest] += costs[job]
+    return job_indices
 
 
-def _own_first(jobs: Sequence[LayerJob], own: int, processes: int) -> list[LayerJob]:
-    # The others' shares from their ends: whoever is done early meets a slower process half-way.
-    split = shares([job.cost for job in jobs], processes)
-    others = [job for other in range(1, processes) for job in reversed(split[(own + other) % processes])]
-    return [jobs[number] for number in split[own] + others]
+def _own_share_first(jobs: Sequence[LayerJob], rank: int, world_size: int) -> list[LayerJob]:
+    # The other shares are reversed: a process that finishes early works from their ends towards the slower processes.
+    job_indices = shares([job.cost for job in jobs], world_size)
+    others = [job for distance in range(1, world_size) for job in reversed(job_indices[(rank + distance) % world_size])]
+    return [jobs[index] for index in job_indices[rank] + others]
 
 
-def _process() -> tuple[int, int]:
+def _rank_and_world_size() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
-def _keep(job: LayerJob, cache: DecompositionCache) -> None:
-    """Sees to it that the cache has the layer."""
+def _fill_cache(job: LayerJob, cache: DecompositionCache) -> None:
+    """Decomposes a layer into the cache; it returns nothing, so that the factors do not stay in memory."""
     _factors(job, cache)
 
 
@@ -143,11 +136,11 @@ def _factors(job: LayerJob, cache: DecompositionCache | None) -> LeadingFactors:
 
 
 class _Progress:
-    """A bar with the name of the layer that was last done and the remaining time."""
+    """A bar with the name of the layer that was finished last and the remaining time."""
 
     def __init__(self, jobs: Sequence[LayerJob], show: bool):
         self.done, self.layers = 0, len(jobs)
-        # By cost, not by layers: the remaining time of a UNet is mostly that of its widest ones.
+        # The bar counts cost instead of layers: the widest layers of a UNet take most of the time.
         layout = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
         self.bar = tqdm(total=sum(job.cost for job in jobs), desc="decomposing", bar_format=layout, disable=not show)
 
@@ -165,7 +158,7 @@ class _Progress:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Callable]:
-    """Threads, and a function like `map` on them that works only a little ahead of whoever takes its results."""
+    """Yields a function like `map` that runs on worker threads and computes only a few results ahead of their use."""
     threads = torch.get_num_threads()
     count = max(1, min(threads, jobs, MAX_WORKERS))
     pool = ThreadPoolExecutor(count, "cersa-decompose", torch.set_num_threads, (threads // count,))
@@ -183,5 +176,5 @@ def _workers(jobs: int) -> Iterator[Callable]:
         yield run
     finally:
         pool.shutdown(cancel_futures=True)
-        # The workers' setting reaches BLAS libraries beyond their own threads.
+        # The workers change the thread count of BLAS libraries for all threads, so it is set back here.
         torch.set_num_threads(threads)

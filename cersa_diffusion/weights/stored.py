@@ -1,9 +1,9 @@
-"""The checkpoint that a model was loaded from: its weights as they are stored, where memory holds them less exactly.
+"""The checkpoint that a model was loaded from: it may store the weights more exactly than the model in memory.
 
-Rounding a weight to bfloat16 turns its singular vectors; where the kept components end between two close singular values, the
-kept subspace itself turns, and an adapter is no longer right. So what is decomposed is the weight on disk. It is trusted only
-where it is the weight in memory bit for bit, once it is rounded to the dtype in memory: a model that was changed after loading,
-or another model under the same name, is never confused with its checkpoint. Only safetensors are read, never a pickle.
+Rounding a weight to bfloat16 rotates its singular vectors. If the kept components end between two close singular values, even
+the kept subspace rotates, and an adapter no longer fits it. Therefore the weight on disk is decomposed, but only if, rounded to
+the dtype in memory, it equals the weight in memory bit for bit. A model that was changed after loading, or another model of the
+same name, is never confused with its checkpoint. Only safetensors files are read, never a pickle.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-# Of two variants of a checkpoint the one that lost least is decomposed: that with the smallest relative rounding error.
+# Of several variants of a checkpoint, the one with the smallest relative rounding error is decomposed.
 _ROUNDING = {
     name: torch.finfo(dtype).eps
     for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16))
@@ -23,14 +23,14 @@ _ROUNDING = {
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight lies on disk; nothing is held in memory.
+    """A reference to a weight on disk, which takes no memory.
 
     Attributes:
         path: a safetensors file.
         key: the name of the tensor in it.
         rounding: relative rounding error of the numbers on disk.
         dtype: dtype of the weight in memory.
-        requires_grad: as it was in memory.
+        requires_grad: that of the weight in memory.
         state: size, modification time and inode of the file when it was compared with the weight in memory.
     """
 
@@ -42,10 +42,10 @@ class StoredWeight:
     state: tuple[int, int, int]
 
     def read(self, *, rounded: bool = True) -> Tensor | None:
-        """The weight on the CPU, or None when the file was changed or removed since it was compared.
+        """The weight on the CPU, or None if the file was changed or removed since the comparison.
 
         Args:
-            rounded: in the dtype of the weight in memory, as a copy; otherwise as stored, memory-mapped.
+            rounded: return a copy in the dtype of the weight in memory; otherwise the stored tensor, memory-mapped.
         """
         try:
             if _state(self.path) != self.state:
@@ -58,34 +58,32 @@ class StoredWeight:
 
 
 class Checkpoint:
-    """The safetensors files of a model's checkpoint, read tensor by tensor and only when asked.
+    """The safetensors files of a model's checkpoint; each tensor is read only when it is needed.
 
     Args:
-        folder: where they are (shards and variants included), or None when the model came from none.
-        nested: whether they may as well be in its subfolders (a model loaded with `subfolder=` only remembers the folder above).
+        folder: the folder of the files (shards and variants included), or None if the model was not loaded from files.
+        nested: search its subfolders instead (a model loaded with `subfolder=` remembers only the parent folder).
     """
 
     def __init__(self, folder: Path | None, nested: bool = False):
         self.folder, self.nested = folder, nested
-        # Opened once: the header of a large file is long.
+        # Every file is opened only once, because the header of a large file is long.
         self._files: dict[Path, tuple[tuple[int, int, int], safetensors.safe_open]] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "Checkpoint":
-        """The checkpoint that a diffusers or transformers model says it was loaded from; an empty one where it says nothing."""
+        """The checkpoint named in a diffusers or transformers model; an empty one if the model names none."""
         config = getattr(model, "config", None)
         name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
         if not isinstance(name, str) or not name:
             return cls(None)
         folder = Path(name).resolve() if Path(name).is_dir() else _hub_snapshot(name)
-        if folder is None:
-            return cls(None)
-        return cls(folder, nested=not any(folder.glob("*.safetensors")))
+        return cls(folder, nested=folder is not None and not any(folder.glob("*.safetensors")))
 
     @cached_property
-    def _places(self) -> dict[str, list[tuple[float, Path]]]:
-        """Tensor name -> (rounding error, file), most exact first."""
-        places: dict[str, list[tuple[float, Path]]] = {}
+    def _variants(self) -> dict[str, list[tuple[float, Path]]]:
+        """Tensor name -> (rounding error, file) of all variants, most exact first."""
+        variants: dict[str, list[tuple[float, Path]]] = {}
         pattern = "*/*.safetensors" if self.nested else "*.safetensors"
         for path in sorted(self.folder.glob(pattern)) if self.folder else ():
             try:
@@ -94,56 +92,47 @@ class Checkpoint:
                 for key in file.keys():
                     rounding = _ROUNDING.get(file.get_slice(key).get_dtype())
                     if rounding:
-                        places.setdefault(key, []).append((rounding, path))
+                        variants.setdefault(key, []).append((rounding, path))
             except (OSError, safetensors.SafetensorError):
                 continue
-        return {key: sorted(found) for key, found in places.items()}
+        return {key: sorted(files) for key, files in variants.items()}
 
     def find(self, layer_name: str, weight: Tensor, *, finer_only: bool = False) -> StoredWeight | None:
-        """Where a layer's weight is stored, or None when no file holds this very weight.
+        """A reference to a layer's weight on disk, or None if no file holds exactly this weight.
 
         Args:
             layer_name: name of the layer in the model.
             weight: its (m, n) weight in memory, compared bit for bit.
-            finer_only: only where the file is more exact than memory.
+            finer_only: accept only files that are more exact than memory.
         """
-        places = [(key, *place) for key in self._keys(f"{layer_name}.weight", weight) for place in self._places[key]]
-        if finer_only:
-            places = [place for place in places if place[1] < torch.finfo(weight.dtype).eps]
-        for key, rounding, path in places:
-            state, file = self._files[path]
-            if tuple(file.get_slice(key).get_shape()) != tuple(weight.shape):
-                continue
-            if torch.equal(file.get_tensor(key).to(weight.device).to(weight.dtype), weight.detach()):
-                return StoredWeight(path, key, rounding, weight.dtype, weight.requires_grad, state)
+        for key in self._candidate_keys(f"{layer_name}.weight", weight):
+            for rounding, path in self._variants[key]:
+                state, file = self._files[path]
+                too_coarse = finer_only and rounding >= torch.finfo(weight.dtype).eps
+                if too_coarse or tuple(file.get_slice(key).get_shape()) != tuple(weight.shape):
+                    continue
+                if torch.equal(file.get_tensor(key).to(weight.device).to(weight.dtype), weight.detach()):
+                    return StoredWeight(path, key, rounding, weight.dtype, weight.requires_grad, state)
         return None
 
-    def _keys(self, key: str, weight: Tensor) -> list[str]:
-        if key in self._places:
+    def _candidate_keys(self, key: str, weight: Tensor) -> list[str]:
+        if key in self._variants:
             return [key]
-        # Checkpoints of a model with a head, or of another transformers release, carry a prefix more or less.
-        named = [other for other in self._places if other.endswith(f".{key}") or key.endswith(f".{other}")]
-        # Modules that transformers renames while loading (a ViT's, for one) are known by their numbers alone.
-        return named or [other for other in self._places if self._begins_like(other, weight)]
+        # Checkpoints of a model with a head, or of another transformers release, have one prefix more or less.
+        similar = [other for other in self._variants if other.endswith(f".{key}") or key.endswith(f".{other}")]
+        # Modules that transformers renames while loading (such as those of a ViT) can only be found by their numbers.
+        return similar or [other for other in self._variants if self._begins_like(other, weight)]
 
     def _begins_like(self, key: str, weight: Tensor) -> bool:
-        """Whether a stored tensor has a weight's shape and first row."""
-        stored = self._files[self._places[key][0][1]][1].get_slice(key)
+        """Whether a stored tensor has the shape and the first row of a weight."""
+        stored = self._files[self._variants[key][0][1]][1].get_slice(key)
         if tuple(stored.get_shape()) != tuple(weight.shape):
             return False
         return torch.equal(stored[:1].to(weight.device).to(weight.dtype), weight.detach()[:1])
 
 
 def finest_weight(weight: Tensor, stored: StoredWeight | None) -> Tensor:
-    """What to decompose: the weight as the checkpoint stores it where that is more exact than the one in memory.
-
-    Args:
-        weight: (m, n) in memory.
-        stored: where the checkpoint has it, or None.
-
-    Returns:
-        (m, n) tensor on the weight's device.
-    """
+    """The weight to decompose, on the device of `weight`: the stored one if it is more exact than the one in memory."""
     if stored is None or stored.rounding >= torch.finfo(weight.dtype).eps:
         return weight
     tensor = stored.read(rounded=False)
@@ -158,7 +147,7 @@ def _state(path: Path) -> tuple[int, int, int]:
 def _hub_snapshot(name: str) -> Path | None:
     if name.count("/") != 1:
         return None
-    # Imported here: only hub ids need it. Nothing is downloaded: what was loaded from the hub is in its cache.
+    # Imported here, because only hub ids need it. Nothing is downloaded: a model loaded from the hub is in its cache.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
