@@ -147,7 +147,7 @@ def _hold_back(train: Dataset, validation: dict[str, Dataset], fraction: float |
         return train, validation
     if validation:
         raise ConfigError(
-            "validation_fraction holds back training examples, but examples to evaluate on are given too: leave one out"
+            "validation_fraction holds back training examples, but examples to evaluate on are given: leave one out"
         )
     held_back = math.ceil(fraction * len(train))
     if held_back >= len(train):
