@@ -66,9 +66,7 @@ def load_classifier(folder: str | Path, *, dtype: torch.dtype = torch.float32) -
         description = json.loads((folder / DESCRIPTION_FILE).read_text())
         kind, method, base = description["kind"], description["method"], description["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder}: not the result of a classification run ({DESCRIPTION_FILE} is missing or damaged)"
-        ) from error
+        raise ConfigError(f"{folder}: not a result of a classification run ({DESCRIPTION_FILE} is missing or damaged)") from error
     processor = KINDS[kind].processor.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     if METHODS[method].needs_base:

@@ -1,4 +1,7 @@
-"""The metrics of GLUE, computed from the outputs of a model and the labels."""
+"""The metrics of GLUE, computed from the outputs of a model and the labels.
+
+Classification takes logits of shape (examples, classes) and class numbers of shape (examples,).
+"""
 
 from collections.abc import Callable
 
@@ -8,22 +11,12 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the examples whose class is predicted correctly, in [0, 1].
-
-    Args:
-        outputs: (examples, classes) logits.
-        labels: (examples,) class numbers.
-    """
+    """Share of the examples whose class is predicted correctly, in [0, 1]."""
     return float(accuracy_score(labels, outputs.argmax(axis=-1)))
 
 
 def matthews(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation of the predicted and the true classes, in [-1, 1]; 0 if one class is predicted for all examples.
-
-    Args:
-        outputs: (examples, classes) logits.
-        labels: (examples,) class numbers.
-    """
+    """Matthews correlation of the predicted and the true classes, in [-1, 1]; 0 if one class is predicted for all examples."""
     return float(matthews_corrcoef(labels, outputs.argmax(axis=-1)))
 
 

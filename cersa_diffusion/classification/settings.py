@@ -139,9 +139,12 @@ class TextData(SplitSettings):
         return self.task_name or self.dataset_name or self.train_file
 
 
+Data = ImageData | TextData
+
+
 @dataclass
 class RunArguments(TrainingArguments):
-    """TrainingArguments of transformers with the settings of the paper as defaults: batch 32, AdamW, linear schedule, warm-up 0.08.
+    """TrainingArguments of transformers with the paper's settings as defaults: batch 32, AdamW, linear schedule, warm-up 0.08.
 
     Raises:
         ConfigError: transformers refuses a value.
@@ -150,9 +153,7 @@ class RunArguments(TrainingArguments):
     output_dir: str = option("cersa-classifier", "Folder for the result and the checkpoints.")
     per_device_train_batch_size: int = option(32, "Examples per step and process.")
     per_device_eval_batch_size: int = option(64, "Examples per batch of an evaluation.")
-    learning_rate: float = option(
-        2e-4, "Learning rate of everything except the classifier; the best value depends on the method."
-    )
+    learning_rate: float = option(2e-4, "Learning rate of everything but the classifier; the best value depends on the method.")
     warmup_steps: float = option(0.08, "Warm-up: a number of steps, or, if below 1, a share of all steps.")
     logging_steps: float = option(50, "Report the loss every N steps.")
     report_to: str = option("none", "Also log to: tensorboard, wandb, ...")

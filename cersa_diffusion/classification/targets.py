@@ -30,12 +30,7 @@ LAYERS = {
     "deberta-v2": _BERT
     | {"Q": r"attention\.self\.query_proj", "K": r"attention\.self\.key_proj", "V": r"attention\.self\.value_proj"},
 }
-PRESETS = {
-    "QV": ("Q", "V"),
-    "QKV": ("Q", "K", "V"),
-    "QKVP": ("Q", "K", "V", "P"),
-    "all": ("Q", "K", "V", "P", "UP", "DN"),
-}
+PRESETS = {"QV": ("Q", "V"), "QKV": ("Q", "K", "V"), "QKVP": ("Q", "K", "V", "P"), "all": ("Q", "K", "V", "P", "UP", "DN")}
 
 
 def target_pattern(model_type: str, target_modules: list[str] | None) -> str | list[str]:
