@@ -34,7 +34,7 @@ def intruder_rows(
     """A row for every layer and threshold.
 
     The leading left singular vectors of the tuned weight are compared with all those of the pre-trained weight. On both sides,
-    vectors whose singular values do not exceed the rounding errors of the stored numbers are left out, because they are arbitrary.
+    vectors whose singular values do not exceed the rounding errors of the stored numbers are left out: they are arbitrary.
 
     Args:
         pairs: what `cersa_diffusion.analysis.models.open_pair` returned.
