@@ -25,11 +25,7 @@ def check_search(leading: int, thresholds: Sequence[float]) -> None:
 
 
 def intruder_rows(
-    pairs: Sequence[LayerPair],
-    thresholds: Sequence[float] = THRESHOLDS,
-    *,
-    leading: int = 10,
-    show_progress: bool = True,
+    pairs: Sequence[LayerPair], thresholds: Sequence[float] = THRESHOLDS, *, leading: int = 10, show_progress: bool = True
 ) -> list[dict]:
     """A row for every layer and threshold.
 

@@ -119,15 +119,8 @@ def _dense_methods(
 
 def _row(method: str, use: MemoryUse) -> dict:
     weights = use.frozen + use.trained
-    return {
-        "method": method,
-        "trainable": use.trained // FLOAT32,
-        "ratio": use.trained / weights,
-        "weights": weights,
-        "optimizer": use.optimizer,
-        "gradients": use.gradients,
-        "total": use.total,
-    }
+    sizes = {"weights": weights, "optimizer": use.optimizer, "gradients": use.gradients, "total": use.total}
+    return {"method": method, "trainable": use.trained // FLOAT32, "ratio": use.trained / weights} | sizes
 
 
 def in_columns_of_the_paper(rows: Sequence[Mapping]) -> list[dict]:

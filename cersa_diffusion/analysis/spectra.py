@@ -142,16 +142,11 @@ def compression_rows(
         raise ConfigError(f"lora_rank is {lora_rank}, expected at least 1")
     dense = sum(layer.out_features * layer.in_features for layer in spectra)
     lora = 1 + 4 * lora_rank * sum(layer.out_features + layer.in_features for layer in spectra) / dense
-    return [
-        {
-            "model": name,
-            "layers": len(spectra),
-            "alpha": alpha,
-            "compression": compression_rate(spectra, [energy_rank(layer.values, alpha) for layer in spectra]),
-            "lora": lora,
-        }
-        for alpha in alphas
-    ]
+    rows = []
+    for alpha in alphas:
+        rate = compression_rate(spectra, [energy_rank(layer.values, alpha) for layer in spectra])
+        rows.append({"model": name, "layers": len(spectra), "alpha": alpha, "compression": rate, "lora": lora})
+    return rows
 
 
 def draw_compression(rows: Sequence[Mapping], lora_rank: int) -> Figure:

@@ -93,8 +93,7 @@ def load_named(settings: SplitSettings, validation_splits: tuple[str, ...] | Non
         else:
             loaded = datasets.load_dataset(name, configuration)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"dataset_name: {name} (configuration {configuration}) cannot be loaded ({reason})") from error
+        raise ConfigError(f"dataset_name: {name} (configuration {configuration}) cannot be loaded ({one_line(error)})") from error
     train = _split(loaded, settings.train_split, "train_split", name)
     if settings.validation_fraction is not None:
         return train, {}
@@ -146,9 +145,7 @@ def _hold_back(train: Dataset, validation: dict[str, Dataset], fraction: float |
             raise ConfigError("no examples to evaluate on: give a validation_file, validation_dir or validation_fraction")
         return train, validation
     if validation:
-        raise ConfigError(
-            "validation_fraction holds back training examples, but examples to evaluate on are given: leave one out"
-        )
+        raise ConfigError("validation_fraction holds back training examples, but others to evaluate on are given: leave one out")
     held_back = math.ceil(fraction * len(train))
     if held_back >= len(train):
         raise ConfigError(f"validation_fraction {fraction} of {len(train)} examples leaves no examples to train on")

@@ -25,8 +25,7 @@ def load_images(settings: ImageData, seed: int) -> Splits:
     """
     if settings.train_dir:
         train = read_folder(settings.train_dir, "train_dir")
-        validation = {"validation": read_folder(settings.validation_dir, "validation_dir")} if settings.validation_dir else {}
-        loaded = train, validation
+        loaded = train, {"validation": read_folder(settings.validation_dir, "validation_dir")} if settings.validation_dir else {}
         columns = {"image_column": "image", "label_column": "label"}
     else:
         loaded = load_named(settings, None)

@@ -124,15 +124,8 @@ def load_base(
     try:
         # Silences the report of new weights: the classifier is always new.
         logging.set_verbosity_error()
-        model, loading = KINDS[kind].model.from_pretrained(
-            name_or_path,
-            config=config,
-            revision=revision,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
+        options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
+        model, loading = KINDS[kind].model.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {name_or_path}: cannot be loaded as a classifier ({one_line(error)}); "

@@ -117,9 +117,7 @@ class TextData(SplitSettings):
     validation_file: list[str] | None = option(None, "Such files with the examples to evaluate on; each is reported separately.")
     text_column: str | None = option(None, "Column with the sentences. Default: that of the task, or 'text'.")
     text_pair_column: str | None = option(None, "Column with the second sentences. Default: that of the task, or none.")
-    max_length: int | None = option(
-        None, "Longer inputs are cut to this many tokens. Default: as many as the model takes, at most 512."
-    )
+    max_length: int | None = option(None, "Cut inputs to this many tokens. Default: as many as the model takes, at most 512.")
     regression: bool = option(False, "The labels are numbers to predict (as in STS-B), not classes.")
 
     def __post_init__(self):
