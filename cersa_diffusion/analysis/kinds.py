@@ -1,4 +1,4 @@
-"""Which layers an analysis looks at, and what the paper calls them."""
+"""The layers that an analysis looks at, and their names in the paper."""
 
 import re
 from collections.abc import Mapping
@@ -8,23 +8,23 @@ from torch import nn
 from cersa_diffusion.classification.targets import LAYERS, target_pattern
 from cersa_diffusion.memory.plan import layer_kind
 
-# As the trainer has it: all linear layers of a denoiser, the attention of text encoders.
+# The same layers as in training: all linear layers of a denoiser, the attention layers of text encoders.
 _TEXT_ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def targets_by_component(
     components: Mapping[str, nn.Module], target_modules: list[str] | None, default: str
 ) -> dict[str, str | list[str]]:
-    """A target specification for each component, as `cersa_diffusion.inject.match_targets` takes them.
+    """The target layers of each component, in the form that `cersa_diffusion.inject.match_targets` takes.
 
     Args:
-        components: the models by name.
+        components: component name -> model.
         target_modules: QV, QKV, QKVP, all, name endings or one regular expression; "all-linear"; None: the default.
-        default: the one of these presets that is meant for a classifier whose layers are known by the paper's names; for other
-            models it is all linear layers, of a pipeline's text encoders those of the attention.
+        default: the preset for a classifier whose layers have names in the paper. The default for other models is all linear
+            layers, and for the text encoders of a pipeline their attention layers.
 
     Raises:
-        ConfigError: a preset, and an architecture whose layers are not known by these names.
+        ConfigError: a preset was given, but the layers of the architecture have no names in the paper.
     """
     return {name: _targets(name, model, target_modules, default) for name, model in components.items()}
 
@@ -32,22 +32,25 @@ def targets_by_component(
 def _targets(component: str, model: nn.Module, target_modules: list[str] | None, default: str) -> str | list[str]:
     if target_modules == ["all-linear"]:
         return "all-linear"
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if target_modules is not None:
-        return target_pattern(model_type, target_modules)
+        return target_pattern(_model_type(model), target_modules)
     if component.startswith("text_encoder"):
         return _TEXT_ENCODER
-    return target_pattern(model_type, [default]) if model_type in LAYERS else "all-linear"
+    return target_pattern(_model_type(model), [default]) if _model_type(model) in LAYERS else "all-linear"
+
+
+def _model_type(model: nn.Module | None) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def paper_kind(name: str, model: nn.Module | None = None) -> str:
-    """What the paper calls a layer (Q, K, V, P, UP, DN: Fig. 3), or the last part of its name where it has no name for it.
+    """The name of a layer in the paper (Q, K, V, P, UP, DN: Fig. 3), or the last part of its own name if it has none there.
 
     Args:
-        name: of the layer.
-        model: the one it belongs to; None: as in any of the architectures whose layers are known.
+        name: name of the layer.
+        model: the model of the layer; None: try the layer names of every known architecture.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _model_type(model)
     for endings in [LAYERS[model_type]] if model_type in LAYERS else LAYERS.values():
         for kind, ending in endings.items():
             if re.fullmatch(rf"(.*\.)?{ending}", name):

@@ -1,9 +1,9 @@
-"""Opening what an analysis looks at: model and pipeline folders, adapters on their base, results of runs, and bare weights."""
+"""Opens the inputs of an analysis: model and pipeline folders, adapters on their base, results of runs, and bare weights."""
 
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,9 @@ class Opened:
     """A model in memory.
 
     Attributes:
-        components: the models by name; a lone one is "model".
-        pipeline: the diffusers pipeline they belong to, or None.
-        unstored: layers of a lone model that its checkpoint has no weights for, and that are random therefore.
+        components: component name -> model; a single model has the name "model".
+        pipeline: the diffusers pipeline of the components, or None.
+        unstored: layers of a single model that are random because its checkpoint has no weights for them.
     """
 
     components: dict[str, nn.Module]
@@ -54,11 +54,11 @@ def open_model(source: Source) -> Opened:
     """Loads a model, in float32 and eval mode.
 
     Args:
-        source: a model in memory; or a folder or hub id of a transformers or diffusers model, of a Stable Diffusion or SDXL
-            pipeline, of a compressed checkpoint, or of the `result` of a classification run, which opens adapted.
+        source: a model in memory; or the folder or hub id of a transformers or diffusers model, a Stable Diffusion or SDXL
+            pipeline, a compressed checkpoint, or the `result` of a classification run, whose adapter is applied.
 
     Raises:
-        ConfigError: no such folder or model, or one that cannot be loaded.
+        ConfigError: the folder or model does not exist or cannot be loaded.
     """
     if isinstance(source, nn.Module):
         return Opened({"model": source})
@@ -66,7 +66,7 @@ def open_model(source: Source) -> Opened:
     if (folder / DESCRIPTION_NAME).is_file():
         return Opened({"model": load_compressed(folder)})
     if (folder / RESULT_DESCRIPTION).is_file():
-        # Imported here, as below: slow to import, and only this kind of folder needs it.
+        # Imported here, as below, because the import is slow and only this kind of folder needs it.
         from cersa_diffusion.classification.result import load_classifier
 
         return Opened({"model": _merged(load_classifier(folder)[0])})
@@ -81,17 +81,17 @@ def open_model(source: Source) -> Opened:
 
 
 def open_dense(source: Source, revision: str | None = None) -> dict[str, nn.Module]:
-    """As `open_model`, with cores merged into plain linear layers: what an analysis of a model's own layers looks at.
+    """Loads the components of a model as `open_model` does, and merges CERSA cores into plain linear layers.
 
     Args:
         source: what `open_model` opens; a model in memory is changed in place.
-        revision: of a model on the hub.
+        revision: revision of a model on the hub.
 
     Returns:
-        The models by name; a lone one is "model".
+        Component name -> model; a single model has the name "model".
 
     Raises:
-        ConfigError: as `open_model`.
+        ConfigError: as in `open_model`.
     """
     components = open_model(source if isinstance(source, nn.Module) else local_folder(source, revision)).components
     for model in components.values():
@@ -106,21 +106,19 @@ def _load(folder: Path) -> Opened:
     dtype = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
     verbosity = logging.get_verbosity()
     try:
-        # Silences the report of weights that the checkpoint lacks: no analysis looks at them.
+        # Silences the report of weights that are not in the checkpoint: no analysis uses them.
         logging.set_verbosity_error()
         model, loading = cls.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **dtype)
     except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise ConfigError(
-            f"{folder}: cannot be loaded as {class_name} from safetensors ({reason}); pickles are not read"
-        ) from error
+        reason = f"({one_line(error)}); pickles are not read"
+        raise ConfigError(f"{folder}: cannot be loaded as {class_name} from safetensors {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     return Opened({"model": model.eval()}, unstored=frozenset(key.rpartition(".")[0] for key in loading["missing_keys"]))
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """A peft model as the plain one with its adapters in the weights; others as they are."""
+    """Merges the adapters of a peft model into its weights; returns other models unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
@@ -129,9 +127,9 @@ class LayerPair:
     """A layer of two checkpoints.
 
     Attributes:
-        name: in the first; "component.layer name" where it has several components.
-        before: gives the (m, n) weight of the first.
-        after: gives that of the second.
+        name: name in the first checkpoint; "component.layer name" if it has several components.
+        before: returns the (m, n) weight in the first checkpoint.
+        after: returns the weight in the second checkpoint.
     """
 
     name: str
@@ -142,19 +140,19 @@ class LayerPair:
 def open_pair(
     base: Source, tuned: Source, target_modules: str | list[str] = "all-linear", exclude_modules: str | list[str] | None = None
 ) -> list[LayerPair]:
-    """The layers that two checkpoints have in common, in the order of the first; weights are made when they are asked for.
+    """Pairs the layers of two checkpoints, in the order of the first; a weight is computed when it is requested.
 
     Args:
-        base: the first: a model in memory, what `open_model` opens, or weights without a config.json (a safetensors file, or a
-            folder of them), whose layers are all matrices named `*.weight`.
-        tuned: the second: likewise, or an adapter of the first (CERSA; peft's, for a model; a LoRA, for a pipeline).
-        target_modules: which layers of the first: "all-linear", a regular expression for whole names, or name endings.
-        exclude_modules: which of them not.
+        base: the first checkpoint: a model in memory, what `open_model` opens, or weights without a config.json (a safetensors
+            file, or a folder of them), whose layers are all matrices named `*.weight`.
+        tuned: the second checkpoint: as `base`, or an adapter of the first (CERSA; for a model peft; for a pipeline LoRA).
+        target_modules: the layers to pair: "all-linear", a regular expression for whole names, or name endings.
+        exclude_modules: layers to leave out.
 
     Raises:
-        ConfigError: a source that cannot be opened, or no layer of that name in the first.
-        BaseMismatchError: the second lacks layers of the first, or has them in other shapes.
-        NonFiniteError: NaN or infinity in a weight.
+        ConfigError: a checkpoint cannot be opened, or no layer of the first has such a name.
+        BaseMismatchError: the second checkpoint lacks layers of the first, or has them in other shapes.
+        NonFiniteError: a weight holds NaN or infinity.
     """
     first = _layers(base)
     chosen = {
@@ -171,17 +169,18 @@ def open_pair(
     missing = [name for name, partner in partners.items() if partner is None]
     if missing:
         raise BaseMismatchError(
-            f"{_title(tuned)} lacks {len(missing)} of the {len(chosen)} layers of {_title(base)}, e.g. {missing[:3]}: are these "
-            "two of one architecture? Otherwise choose the layers they share with target_modules or exclude_modules"
+            f"{_title(tuned)} lacks {len(missing)} of the {len(chosen)} layers of {_title(base)}, e.g. {missing[:3]}: give two "
+            "checkpoints of one architecture, or choose the layers that both have with target_modules or exclude_modules"
         )
-    pairs = [LayerPair(name, chosen[name][1], second[partner][1]) for name, partner in partners.items()]
+    pairs = []
     for name, partner in partners.items():
-        shapes = [tuple(layers[key][0]) for layers, key in ((chosen, name), (second, partner))]
-        if shapes[0] != shapes[1]:
+        (shape, before), (tuned_shape, after) = chosen[name], second[partner]
+        if shape != tuned_shape:
             raise BaseMismatchError(
-                f"layer {name} has shape {shapes[0]} in {_title(base)} and {shapes[1]} in {_title(tuned)}: these are not of one "
-                "architecture, or the layer has to be left out with exclude_modules"
+                f"layer {name} has shape {shape} in {_title(base)} and {tuned_shape} in {_title(tuned)}: give two checkpoints of "
+                "one architecture, or leave the layer out with exclude_modules"
             )
+        pairs.append(LayerPair(name, before, after))
     for pair in pairs:
         for source, weight in ((base, pair.before), (tuned, pair.after)):
             if not torch.isfinite(weight()).all():
@@ -189,11 +188,11 @@ def open_pair(
     return pairs
 
 
+# Layer name -> shape, and a function that returns the weight.
 Layers = dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
 
 
 def _layers(source: Source | Opened) -> Layers:
-    """Layer name -> shape, and a function that gives the weight."""
     files = None if isinstance(source, nn.Module | Opened) else _bare_files(Path(source))
     if files is not None:
         return _bare_layers(files)
@@ -207,12 +206,12 @@ def _layers(source: Source | Opened) -> Layers:
             if isinstance(module, CersaLinear):
                 layers[prefix + name] = (module.out_features, module.in_features), module.effective_weight
             elif can_be_factored(module):
-                layers[prefix + name] = tuple(matrix_of(module).shape), lambda own=module: matrix_of(own).detach()
+                layers[prefix + name] = tuple(matrix_of(module).shape), lambda module=module: matrix_of(module).detach()
     return layers
 
 
 def _bare_files(path: Path) -> list[Path] | None:
-    """The safetensors files of a source that is nothing but weights; None for every other."""
+    """The safetensors files of a source that consists of weights only; None for other sources."""
     if path.is_file():
         return [path]
     if not path.is_dir() or any((path / name).is_file() for name in ("config.json", PIPELINE_INDEX, DESCRIPTION_NAME)):
@@ -232,7 +231,7 @@ def _bare_layers(files: list[Path]) -> Layers:
             if key.endswith(".weight") and len(shape) == 2:
                 layers[key.removesuffix(".weight")] = shape, lambda path=path, key=key: _tensor(path, key)
     if not layers:
-        raise ConfigError(f"{', '.join(map(str, files))}: no matrices named *.weight, expected the weights of a model")
+        raise ConfigError(f"{', '.join(map(str, files))}: there are no matrices named *.weight, expected the weights of a model")
     return layers
 
 
@@ -242,15 +241,13 @@ def _tensor(path: Path, key: str) -> Tensor:
 
 
 def _adapted(base: Source, tuned: Source) -> Source | Opened:
-    """The base with the adapter that `tuned` is; or `tuned` itself where it is a checkpoint of its own."""
-    if isinstance(tuned, nn.Module):
+    """The base with the adapter `tuned`; or `tuned` itself if it is a complete checkpoint."""
+    if isinstance(tuned, nn.Module) or (Path(tuned) / RESULT_DESCRIPTION).is_file():
         return tuned
     path = Path(tuned)
     file = path / DEFAULT_FILE_NAME if (path / DEFAULT_FILE_NAME).is_file() else path
-    if (path / RESULT_DESCRIPTION).is_file():
-        return tuned
     if _is_cersa_adapter(file):
-        opened = _copy(base, tuned)
+        opened = _open_copy(base, tuned)
         load_adapter(opened.components, file, keep_base=False)
         return opened
     if (path / PEFT_DESCRIPTION).is_file():
@@ -262,24 +259,23 @@ def _adapted(base: Source, tuned: Source) -> Source | Opened:
 
 
 def _with_peft(base: Source, adapter: Path) -> Opened:
-    # Imported here: only these adapters need it.
+    # Imported here because only these adapters need it.
     from peft import PeftModel
 
-    components = _copy(base, adapter).components
+    components = _open_copy(base, adapter).components
     if list(components) != ["model"]:
-        raise ConfigError(f"{adapter} is an adapter of peft, and {_title(base)} is a pipeline: give the model it belongs to")
+        raise ConfigError(f"{adapter} is an adapter of peft, but {_title(base)} is a pipeline: give the model of the adapter")
     owner = _owner(components["model"], adapter, base)
     try:
         return Opened({"model": _merged(PeftModel.from_pretrained(owner, str(adapter)))})
     except (RuntimeError, ValueError) as error:
-        reason = one_line(error)
-        raise BaseMismatchError(f"{adapter} does not fit {_title(base)}: {reason}") from error
+        raise BaseMismatchError(f"{adapter} does not fit {_title(base)}: {one_line(error)}") from error
 
 
 def _with_lora(base: Source, adapter: Path) -> Opened:
-    opened = _copy(base, adapter)
+    opened = _open_copy(base, adapter)
     if opened.pipeline is None:
-        raise ConfigError(f"{adapter} is a LoRA of a pipeline, and {_title(base)} is none: give the folder of the pipeline")
+        raise ConfigError(f"{adapter} is a LoRA of a pipeline, but {_title(base)} is not a pipeline: give the pipeline folder")
     load_lora(opened.pipeline, adapter)
     adapted = [name for name, model in opened.components.items() if getattr(model, "peft_config", None)]
     opened.pipeline.fuse_lora(components=adapted)
@@ -288,30 +284,30 @@ def _with_lora(base: Source, adapter: Path) -> Opened:
 
 
 def _owner(model: nn.Module, adapter: Path, base: Source) -> nn.Module:
-    """The model that the names of a peft adapter are those of: this one, or the one inside without its head.
+    """The model that has the layers of a peft adapter: this one, or the model without a head inside it.
 
-    peft itself only warns of names that it does not find, and leaves the model as it is.
+    The check is needed because peft only warns if a layer is missing, and leaves the model unchanged.
     """
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
-        raise ConfigError(f"{adapter}: no adapter_model.safetensors in it, expected the folder of a peft adapter")
+        raise ConfigError(f"{adapter}: adapter_model.safetensors is missing, expected the folder of a peft adapter")
     with safetensors.safe_open(path, framework="pt") as file:
         names = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.keys() if ".lora_" in key}
     if not names:
-        raise ConfigError(f"{adapter}: no LoRA in it, expected LoRA, PiSSA or DoRA")
+        raise ConfigError(f"{adapter}: holds no LoRA weights, expected LoRA, PiSSA or DoRA")
     for candidate in (model, getattr(model, "base_model", model)):
         missing = sorted(names - {name for name, _ in candidate.named_modules()})
         if not missing:
             return candidate
     raise BaseMismatchError(
         f"{_title(base)} lacks {len(missing)} of the {len(names)} layers of {adapter}, e.g. {missing[:3]}: give the folder of "
-        "the very model, with its head, that the adapter was trained on"
+        "the model, including its head, on which the adapter was trained"
     )
 
 
-def _copy(base: Source, tuned: Source) -> Opened:
+def _open_copy(base: Source, tuned: Source) -> Opened:
     if not isinstance(base, nn.Module) and _bare_files(Path(base)) is not None:
-        raise ConfigError(f"{tuned} is an adapter, and {base} has no config.json: give the folder of the model it belongs to")
+        raise ConfigError(f"{tuned} is an adapter, but {base} has no config.json: give the folder of the model of the adapter")
     return open_model(copy.deepcopy(base))
 
 
@@ -322,22 +318,20 @@ def _is_cersa_adapter(path: Path) -> bool:
         with safetensors.safe_open(path, framework="pt") as file:
             return HEADER_ENTRY in (file.metadata() or {})
     except (OSError, safetensors.SafetensorError):
-        return path.name == DEFAULT_FILE_NAME  # the loader says what is wrong with it
+        return path.name == DEFAULT_FILE_NAME  # the loader then reports the fault
 
 
-def _partner(name: str, layers: Mapping[str, object]) -> str | None:
-    """The same layer under the name that another checkpoint has for it: with a prefix more or less."""
+def _partner(name: str, layers: Layers) -> str | None:
+    """The name of the same layer in another checkpoint, where it may have a longer or shorter prefix."""
     if name in layers:
         return name
-    wanted = _plain(name)
-    found = [
-        other for other in layers if (own := _plain(other)) == wanted or own.endswith(f".{wanted}") or wanted.endswith(f".{own}")
-    ]
-    return found[0] if len(found) == 1 else None
+    ending = f".{_plain(name)}"
+    matches = [other for other in layers if f".{_plain(other)}".endswith(ending) or ending.endswith(f".{_plain(other)}")]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _plain(name: str) -> str:
-    # transformers' releases differ in whether CLIP's text models carry it.
+    # Whether the layers of CLIP's text models have this prefix depends on the version of transformers.
     return name.replace("text_model.", "")
 
 
@@ -346,10 +340,10 @@ def _title(source: Source) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-        ConfigError: no such file, or damaged.
+        ConfigError: the file does not exist or is damaged.
     """
     try:
         return dict(json.loads(path.read_text()))

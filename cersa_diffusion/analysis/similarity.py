@@ -1,9 +1,10 @@
-"""How far fine-tuning turned the principal subspaces of the weights: psi (CERSA, Eq. 3), Table 16 and Fig. 11 and 12."""
+"""How far fine-tuning rotated the principal subspaces of the weights: psi (CERSA, Eq. 3), Table 16, Fig. 11 and 12."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,18 +12,15 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.analysis.kinds import paper_kind
 from cersa_diffusion.analysis.models import LayerPair
-from cersa_diffusion.analysis.output import new_figure
-from cersa_diffusion.analysis.spectra import check_alphas
-from cersa_diffusion.analysis.subspaces import resolved_rank, similarity_grid
-from cersa_diffusion.functional import Decomposition, decompose, energy_rank
+from cersa_diffusion.analysis.output import Figure, check_shares, grouped, new_figure
+from cersa_diffusion.analysis.subspaces import resolved_bases, similarity_grid
+from cersa_diffusion.functional import energy_rank
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Of the grid in the CSV file; the picture has every entry.
+# Points per axis of a grid in the CSV file; the picture shows every entry.
 GRID_POINTS = 16
-# What 1 - psi is drawn as where it is less: rounding of float32 weights comes to about that.
+# Lower limit of the drawn 1 - psi: about the rounding error of float32 weights.
 SMALLEST = 1e-7
+SIDES = ("output", "input")
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,14 @@ class LayerSimilarity:
     """Similarity of the subspaces of a layer before and after fine-tuning.
 
     Attributes:
-        name: the layer.
-        kind: what the paper calls it.
+        name: name of the layer.
+        kind: name of the layer in the paper.
         alpha: share of the energy that the compared subspaces hold.
-        ranks: their dimensions, before and after.
-        resolved: how many singular vectors stand out of rounding, before and after; a truncated weight has no more.
+        ranks: dimensions of these subspaces, before and after.
+        resolved: numbers of singular values above the rounding errors, before and after; a truncated weight has no more.
         output: psi of the output subspaces (U).
         input: psi of the input subspaces (V).
-        grids: psi of the leading i (rows, before) and j (columns, after) vectors, of U and of V; None where not asked for.
+        grids: psi of the leading i (rows, before) and j (columns, after) vectors, of U and of V; None if not requested.
     """
 
     name: str
@@ -56,102 +54,78 @@ def layer_similarities(
     """Compares the principal subspaces of every layer.
 
     Args:
-        pairs: of `cersa_diffusion.analysis.models.open_pair`.
-        alpha: share of the energy that the subspaces hold (the paper: .95).
-        grids_of: names of the layers whose heat maps are wanted.
-        show_progress: show a bar.
+        pairs: what `cersa_diffusion.analysis.models.open_pair` returned.
+        alpha: share of the energy that the subspaces hold (0.95 in the paper).
+        grids_of: names of the layers whose heat maps are requested.
+        show_progress: show a progress bar.
 
     Raises:
-        ConfigError: alpha is outside (0, 1].
+        ConfigError: alpha lies outside (0, 1].
     """
-    check_alphas([alpha])
-    found = []
+    check_shares("alphas", [alpha])
+    similarities = []
     for pair in tqdm(pairs, "layers", disable=not show_progress):
-        weights = pair.before(), pair.after()
-        factors = [decompose(weight) for weight in weights]
-        resolved = [resolved_rank(own.s, tuple(weight.shape), weight.dtype) for own, weight in zip(factors, weights, strict=True)]
-        ranks = [min(energy_rank(own.s, alpha), most) for own, most in zip(factors, resolved, strict=True)]
-        bases = [_bases(own, most) for own, most in zip(factors, resolved, strict=True)]
-        grids = tuple(similarity_grid(*sides).cpu() for sides in zip(*bases, strict=True))
-        output, own_input = (float(grid[ranks[0] - 1, ranks[1] - 1]) for grid in grids)
-        found.append(
-            LayerSimilarity(
-                name=pair.name,
-                kind=paper_kind(pair.name),
-                alpha=alpha,
-                ranks=tuple(ranks),
-                resolved=tuple(resolved),
-                output=output,
-                input=own_input,
-                grids=grids if pair.name in grids_of else None,
-            )
-        )
-    return found
-
-
-def _bases(factors: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
-    return factors.U[:, :rank], factors.Vh[:rank].T
+        before, after = resolved_bases(pair.before()), resolved_bases(pair.after())
+        resolved = before.U.shape[1], after.U.shape[1]
+        ranks = tuple(min(energy_rank(bases.s, alpha), bases.U.shape[1]) for bases in (before, after))
+        grids = similarity_grid(before.U, after.U).cpu(), similarity_grid(before.V, after.V).cpu()
+        psi = (float(grid[ranks[0] - 1, ranks[1] - 1]) for grid in grids)
+        requested = grids if pair.name in grids_of else None
+        similarities.append(LayerSimilarity(pair.name, paper_kind(pair.name), alpha, ranks, resolved, *psi, requested))
+    return similarities
 
 
 def middle_and_ends(pairs: Sequence[LayerPair]) -> list[str]:
-    """The first, middle and last layer of every kind: those whose heat maps the paper shows.
-
-    Args:
-        pairs: in model order.
-    """
-    by_kind: dict[str, list[str]] = {}
-    for pair in pairs:
-        by_kind.setdefault(paper_kind(pair.name), []).append(pair.name)
-    return [name for names in by_kind.values() for name in dict.fromkeys((names[0], names[(len(names) - 1) // 2], names[-1]))]
+    """The first, middle and last layer of every kind, whose heat maps the paper shows; the pairs are in model order."""
+    by_kind = grouped((pair.name for pair in pairs), paper_kind).values()
+    return [name for names in by_kind for name in dict.fromkeys((names[0], names[(len(names) - 1) // 2], names[-1]))]
 
 
 def similarity_rows(similarities: Sequence[LayerSimilarity]) -> list[dict]:
     """A row for every layer."""
     return [
         {
-            "layer": own.name,
-            "kind": own.kind,
-            "alpha": own.alpha,
-            "rank_before": own.ranks[0],
-            "rank_after": own.ranks[1],
-            "resolved_before": own.resolved[0],
-            "resolved_after": own.resolved[1],
-            "psi_output": own.output,
-            "psi_input": own.input,
+            "layer": layer.name,
+            "kind": layer.kind,
+            "alpha": layer.alpha,
+            "rank_before": layer.ranks[0],
+            "rank_after": layer.ranks[1],
+            "resolved_before": layer.resolved[0],
+            "resolved_after": layer.resolved[1],
+            "psi_output": layer.output,
+            "psi_input": layer.input,
         }
-        for own in similarities
+        for layer in similarities
     ]
 
 
 def kind_rows(similarities: Sequence[LayerSimilarity]) -> list[dict]:
-    """A row for every kind of layer, as Table 16 has them: mean psi of output and input subspaces, and the lowest."""
+    """A row for every kind of layer, as in Table 16: mean and lowest psi of the output and of the input subspaces."""
     rows = []
-    for kind in dict.fromkeys(own.kind for own in similarities):
-        alike = [own for own in similarities if own.kind == kind]
-        row = {"kind": kind, "layers": len(alike)}
-        for side in ("output", "input"):
-            values = [getattr(own, side) for own in alike]
+    for kind, layers in grouped(similarities, attrgetter("kind")).items():
+        row = {"kind": kind, "layers": len(layers)}
+        for side in SIDES:
+            values = [getattr(layer, side) for layer in layers]
             row |= {f"psi_{side}": statistics.fmean(values), f"psi_{side}_lowest": min(values)}
         rows.append(row)
     return rows
 
 
 def grid_rows(similarities: Sequence[LayerSimilarity], points: int = GRID_POINTS) -> list[dict]:
-    """The heat maps as rows, at some evenly spaced dimensions i and j."""
+    """The heat maps as rows, at evenly spaced dimensions i and j."""
     rows = []
-    for own in similarities:
-        for side, grid in zip(("output", "input"), own.grids or (), strict=False):
-            sizes = [torch.linspace(1, size, min(points, size)).round().long().tolist() for size in grid.shape]
+    for layer in similarities:
+        for side, grid in zip(SIDES, layer.grids or (), strict=False):
+            dimensions = [torch.linspace(1, size, min(points, size)).round().long().tolist() for size in grid.shape]
             rows += [
-                {"layer": own.name, "kind": own.kind, "side": side, "i": i, "j": j, "psi": float(grid[i - 1, j - 1])}
-                for i in sizes[0]
-                for j in sizes[1]
+                {"layer": layer.name, "kind": layer.kind, "side": side, "i": i, "j": j, "psi": float(grid[i - 1, j - 1])}
+                for i, j in itertools.product(*dimensions)
             ]
     return rows
 
 
-def draw_grids(similarities: Sequence[LayerSimilarity], side: str) -> "Figure":
-    """Heat maps of psi, kinds in rows and layers in columns, in shades of the logarithm of 1 - psi (CERSA, Fig. 11 and 12).
+def draw_grids(similarities: Sequence[LayerSimilarity], side: str) -> Figure:
+    """Heat maps of psi, a line for every kind and a panel for every layer, coloured by log(1 - psi) (CERSA, Fig. 11 and 12).
 
     Args:
         similarities: at least one with grids.
@@ -159,28 +133,26 @@ def draw_grids(similarities: Sequence[LayerSimilarity], side: str) -> "Figure":
     """
     from matplotlib.colors import LogNorm
 
-    shown: dict[str, list[LayerSimilarity]] = {}
-    for own in similarities:
-        if own.grids is not None:
-            shown.setdefault(own.kind, []).append(own)
-    number, columns = ("output", "input").index(side), max(map(len, shown.values()))
-    distances = {own.name: (1 - own.grids[number]).clamp_min(SMALLEST) for layers in shown.values() for own in layers}
+    shown = [layer for layer in similarities if layer.grids is not None]
+    by_kind = grouped(shown, attrgetter("kind"))
+    columns = max(map(len, by_kind.values()))
+    distances = {layer.name: (1 - layer.grids[SIDES.index(side)]).clamp_min(SMALLEST) for layer in shown}
     lowest = min(float(distance.min()) for distance in distances.values())
     scale = LogNorm(lowest, max(10 * lowest, *(float(distance.max()) for distance in distances.values())))
     letter = "U" if side == "output" else "V"
-    title = f"subspaces of the {side} ({letter}) before and after: 1 - psi (dark: alike)"
-    figure = new_figure(1.5 + 3.1 * columns, 0.7 + 3 * len(shown), title)
-    panels = figure.subplots(len(shown), columns, squeeze=False)
-    for line, layers in zip(panels, shown.values(), strict=True):
+    title = f"{side} subspaces ({letter}) before and after: 1 - psi (dark: similar)"
+    figure, panels = new_figure(1.5 + 3.1 * columns, 0.7 + 3 * len(by_kind), title, lines=len(by_kind), columns=columns)
+    for number, layers in enumerate(by_kind.values()):
+        line = panels[number * columns : (number + 1) * columns]
         for panel in line[len(layers) :]:
             panel.axis("off")
-        for panel, own in zip(line, layers, strict=False):
-            distance = distances[own.name]
+        for panel, layer in zip(line, layers, strict=False):
+            distance = distances[layer.name]
             edges = (0.5, distance.shape[0] + 0.5, 0.5, distance.shape[1] + 0.5)
             image = panel.imshow(
                 distance.T.numpy(), norm=scale, origin="lower", extent=edges, aspect="auto", interpolation="nearest"
             )
-            panel.set_title(f"{own.kind}: {own.name}"[-44:], fontsize=7)
+            panel.set_title(f"{layer.kind}: {layer.name}"[-44:], fontsize=7)
             panel.set(xlabel="i, before", ylabel="j, after")
-    figure.colorbar(image, ax=panels.ravel().tolist(), label="1 - psi")
+    figure.colorbar(image, ax=panels, label="1 - psi")
     return figure

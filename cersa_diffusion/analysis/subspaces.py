@@ -1,15 +1,24 @@
-"""The mathematics of the analyses on tensors: similarity of subspaces, intruder dimensions, forgetting.
+"""The mathematics of the analyses: similarity of subspaces, intruder dimensions, forgetting.
 
-Bases are given as matrices with orthonormal columns, in the order of the singular values they belong to.
+A basis is a matrix with orthonormal columns in the order of their singular values.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.functional import float64
+from cersa_diffusion.functional import decompose, float64
+
+
+class Bases(NamedTuple):
+    """(m, r) and (n, r) leading singular vectors of a weight, and all its singular values."""
+
+    U: Tensor
+    V: Tensor
+    s: Tensor
 
 
 def subspace_similarity(A: Tensor, B: Tensor) -> float:
@@ -20,18 +29,18 @@ def subspace_similarity(A: Tensor, B: Tensor) -> float:
         B: (m, j) orthonormal columns.
 
     Returns:
-        A share in [0, 1]: 1 where one subspace holds the other, 0 where they are orthogonal.
+        A share in [0, 1]: 1 if one subspace contains the other, 0 if they are orthogonal.
 
     Raises:
-        ConfigError: no columns, or subspaces of different spaces.
-        NonFiniteError: NaN or infinity.
+        ConfigError: a basis has no columns, or the numbers of rows differ.
+        NonFiniteError: a basis holds NaN or infinity.
     """
     overlap = _overlap(A, B)
     return min(1.0, float(overlap.square().sum()) / min(overlap.shape))
 
 
 def similarity_grid(A: Tensor, B: Tensor) -> Tensor:
-    """psi of the leading i columns of one basis and the leading j of another, for all i and j at once.
+    """psi of the leading i columns of one basis and the leading j columns of another, for all i and j at once.
 
     Args:
         A: (m, p) orthonormal columns.
@@ -50,14 +59,14 @@ def similarity_grid(A: Tensor, B: Tensor) -> Tensor:
 
 
 def best_cosines(pretrained: Tensor, tuned: Tensor) -> Tensor:
-    """How near each singular vector of a tuned weight comes to any one of the pre-trained weight.
+    """For each singular vector of a tuned weight, its cosine with the most similar singular vector of the pre-trained weight.
 
     Args:
         pretrained: (m, p) singular vectors.
         tuned: (m, k) singular vectors.
 
     Returns:
-        (k,) float64 in [0, 1]: the largest cosine in size, for singular vectors have free signs.
+        (k,) float64 in [0, 1]: the largest absolute cosine, because the sign of a singular vector is arbitrary.
 
     Raises:
         ConfigError, NonFiniteError: as `subspace_similarity`.
@@ -66,12 +75,12 @@ def best_cosines(pretrained: Tensor, tuned: Tensor) -> Tensor:
 
 
 def intruder_dimensions(pretrained: Tensor, tuned: Tensor, threshold: float) -> int:
-    """How many singular vectors of a tuned weight resemble none of the pre-trained one (Shuttleworth et al., arXiv 2410.21228).
+    """Number of intruders: singular vectors of a tuned weight that resemble no pre-trained one (Shuttleworth, arXiv 2410.21228).
 
     Args:
-        pretrained: (m, p) singular vectors, all that the weight has.
-        tuned: (m, k) the leading singular vectors that are looked at.
-        threshold: epsilon, the cosine below which a vector is an intruder.
+        pretrained: (m, p) all singular vectors of the weight.
+        tuned: (m, k) the leading singular vectors to look at.
+        threshold: epsilon; a vector whose best cosine is smaller is an intruder.
 
     Raises:
         ConfigError, NonFiniteError: as `subspace_similarity`.
@@ -80,15 +89,15 @@ def intruder_dimensions(pretrained: Tensor, tuned: Tensor, threshold: float) -> 
 
 
 def resolved_rank(singular_values: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """How many singular values stand out of the rounding of the stored numbers; vectors beyond are arbitrary.
+    """Number of singular values above the rounding errors of the stored numbers; the vectors of the others are arbitrary.
 
-    The rounding errors of a matrix are like independent numbers of relative size eps, and so their largest singular value is
+    The rounding errors of a matrix behave like independent numbers of relative size eps, so their largest singular value is
     about ``eps |W|_F (1 / sqrt(m) + 1 / sqrt(n))``.
 
     Args:
         singular_values: (p,) descending.
         shape: (m, n).
-        dtype: of the stored weight.
+        dtype: dtype of the stored weight.
 
     Returns:
         A number in 1..p.
@@ -98,29 +107,36 @@ def resolved_rank(singular_values: Tensor, shape: tuple[int, int], dtype: torch.
     return max(1, int((values > noise).sum()))
 
 
+def resolved_bases(weight: Tensor) -> Bases:
+    """Decomposes a weight and keeps the singular vectors of the singular values that `resolved_rank` counts."""
+    factors = decompose(weight)
+    rank = resolved_rank(factors.s, tuple(weight.shape), weight.dtype)
+    return Bases(factors.U[:, :rank], factors.Vh[:rank].T, factors.s)
+
+
 def forgetting_rate(before: Sequence[float], after: Sequence[float]) -> float:
-    """Mean drop of the accuracy on other data sets, as a share of their mean accuracy before (CERSA, appendix E).
+    """Mean loss of accuracy on other data sets, as a share of the mean accuracy before (CERSA, appendix E).
 
     Args:
         before: accuracy of the pre-trained model on each of the other data sets.
-        after: that of the fine-tuned model on the same ones.
+        after: accuracy of the fine-tuned model on the same data sets.
 
     Returns:
-        0.1 for a tenth forgotten; negative where the accuracy rose.
+        0.1 if a tenth is lost; negative if the accuracy rose.
 
     Raises:
-        ConfigError: no data sets, not as many before as after, or nothing that could be forgotten.
-        NonFiniteError: NaN or infinity.
+        ConfigError: there are no data sets, the numbers of data sets differ, or the mean accuracy before is 0.
+        NonFiniteError: an accuracy is NaN or infinite.
     """
     if not before or len(before) != len(after):
         raise ConfigError(f"accuracy on {len(before)} data sets before and {len(after)} after: expected the same, at least one")
-    figures = torch.tensor([list(before), list(after)], dtype=torch.float64)
-    if not torch.isfinite(figures).all():
+    accuracy = torch.tensor([list(before), list(after)], dtype=torch.float64)
+    if not torch.isfinite(accuracy).all():
         raise NonFiniteError(f"an accuracy is NaN or infinite: before {list(before)}, after {list(after)}")
-    was, is_now = figures.mean(1)
-    if was <= 0:
-        raise ConfigError(f"the mean accuracy before is {float(was)}, expected more than 0: there is nothing to forget")
-    return float((was - is_now) / was)
+    mean_before, mean_after = accuracy.mean(1)
+    if mean_before <= 0:
+        raise ConfigError(f"the mean accuracy before is {float(mean_before)}, expected more than 0: nothing can be forgotten")
+    return float((mean_before - mean_after) / mean_before)
 
 
 def _overlap(A: Tensor, B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fine-tuning transformers' classifiers: pictures (ViT) and sentences (GLUE), on transformers' Trainer."""
+"""Fine-tuning of transformers' classifiers for pictures (ViT) and sentences (GLUE), with transformers' Trainer."""
 
 from cersa_diffusion.classification.result import load_classifier
 from cersa_diffusion.classification.run import TrainReport, train_classifier

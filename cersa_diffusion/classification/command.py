@@ -12,45 +12,42 @@ from cersa_diffusion.errors import CersaError, ConfigError
 
 
 def run_command(data_class: type[ImageData] | type[TextData], models: tuple[str, ...], description: str) -> None:
-    """Parses the command line, trains, and says what went wrong in one line.
+    """Parses the command line and trains; an error ends the process with one line.
 
     Args:
         data_class: the settings of the examples.
-        models: whose presets of the paper are offered.
-        description: what `--help` says at the top.
+        models: the models whose presets from the paper are offered.
+        description: the text at the top of `--help`.
     """
     try:
         train_classifier(*parse_command(data_class, models, description))
     except CersaError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted; go on from the last checkpoint with --resume_from_checkpoint latest", file=sys.stderr)
+        print("\ninterrupted: --resume_from_checkpoint latest continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
 def parse_command(
     data_class: type[ImageData] | type[TextData], models: tuple[str, ...], description: str, options: list[str] | None = None
 ) -> tuple:
-    """The arguments of `train_classifier` that a command line comes to.
+    """Parses a command line into the arguments of `train_classifier`.
 
     Args:
-        data_class, models, description: as `run_command`.
-        options: the command line; None: that of the process.
+        data_class, models, description: as in `run_command`.
+        options: the command line; None: the one of the process.
 
     Raises:
-        ConfigError: a value that cannot be used.
+        ConfigError: a value cannot be used.
     """
-    parser = HfArgumentParser(
-        (ClassifierSettings, data_class, RunArguments),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    classes = (ClassifierSettings, data_class, RunArguments)
+    parser = HfArgumentParser(classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(preset_names(models))
     parser.add_argument("--preset", help=f"Hyper-parameters of the paper, which other options override: {names}.")
-    # Its values become defaults, so it is looked for before the rest is read.
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset")
-    name, label = early.parse_known_args(options)[0].preset, None
+    # The values of the preset become defaults of the parser, so the preset is read before the other options.
+    preset_parser = argparse.ArgumentParser(add_help=False)
+    preset_parser.add_argument("--preset")
+    name, label = preset_parser.parse_known_args(options)[0].preset, None
     if name is not None:
         values, table = preset(name, models)
         label = f"{name} ({table})"

@@ -1,4 +1,4 @@
-"""Pictures: from folders and data sets to the pixels that a model takes."""
+"""Reads pictures from folders and data sets and prepares the pixel values that a model takes."""
 
 import io
 from collections.abc import Callable
@@ -11,68 +11,69 @@ import torch
 from datasets import ClassLabel, Dataset
 from torchvision.transforms import v2 as transforms
 
-from cersa_diffusion.classification.data import LABELS, Splits, check_columns, hold_back, load_named, number_labels
+from cersa_diffusion.classification.data import LABELS, Splits, load_named, make_splits
 from cersa_diffusion.classification.settings import ImageData
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.pictures import PICTURE_SUFFIXES, load_picture, picture_fault
 
 
 def load_images(settings: ImageData, seed: int) -> Splits:
-    """The pictures of a run, every one of them checked, with the column `image`.
+    """Loads the pictures of a run into the column `image` and checks that each can be read.
 
     Raises:
-        ConfigError: a source that cannot be used, labels that cannot (see `number_labels`), or pictures that cannot be read.
+        ConfigError: the source, the labels (see `number_labels`) or some of the pictures cannot be used.
     """
     if settings.train_dir:
         train = read_folder(settings.train_dir, "train_dir")
-        validation = {"validation": read_folder(settings.validation_dir, "validation_dir")} if settings.validation_dir else {}
+        loaded = train, {"validation": read_folder(settings.validation_dir, "validation_dir")} if settings.validation_dir else {}
         columns = {"image_column": "image", "label_column": "label"}
     else:
-        train, validation = load_named(settings, None)
+        loaded = load_named(settings, None)
         columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-    check_columns({"train": train, **validation}, columns)
-    for name, rows in {"train": train, **validation}.items():
-        if not isinstance(rows.features[columns["image_column"]], datasets.Image):
-            raise ConfigError(f"image_column: {columns['image_column']!r} of {name} holds no pictures")
-    train, validation = hold_back(train, validation, settings, seed)
-    splits = Splits(*number_labels(train, validation, columns["label_column"], regression=False))
-    splits = splits.map(lambda rows: _undecoded(rows, columns["image_column"]))
-    for name, rows in {"train": splits.train, **splits.validation}.items():
-        _check_readable(rows, name)
+    image_column = columns["image_column"]
+
+    def check_holds_pictures(rows: Dataset, split: str) -> None:
+        if not isinstance(rows.features[image_column], datasets.Image):
+            raise ConfigError(f"image_column: {image_column!r} of {split} holds no pictures")
+
+    splits = make_splits(loaded, settings, seed, columns=columns, check=check_holds_pictures, regression=False)
+    splits = splits.map(lambda rows: _undecoded(rows, image_column))
+    for split, rows in {"train": splits.train, **splits.validation}.items():
+        _check_readable(rows, split)
     return splits
 
 
 def _undecoded(rows: Dataset, column: str) -> Dataset:
     rows = rows.select_columns([column, LABELS]).rename_columns({column: "image"} if column != "image" else {})
-    # Not decoded by `datasets`: what it makes of transparency and 16-bit pixels is not what pictures look like.
+    # `datasets` must not decode the pictures: it changes how transparent and 16-bit pictures look.
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
 def read_folder(folder: str, what: str) -> Dataset:
-    """The pictures of a folder that has a sub-folder for every class; other files are left out.
+    """Reads the pictures of a folder that has a sub-folder for every class; ignores other files.
 
     Args:
         folder: the folder.
-        what: how error messages call it, e.g. "train_dir".
+        what: the setting that error messages name, e.g. "train_dir".
 
     Raises:
-        ConfigError: no such folder, no sub-folder, or no pictures.
+        ConfigError: the folder does not exist, or it has no sub-folders or no pictures.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"{what}: {folder} is not a folder")
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        raise ConfigError(f"{what}: {folder} has no sub-folders, expected one of pictures for every class")
-    found = [
+        raise ConfigError(f"{what}: {folder} has no sub-folders, expected a sub-folder of pictures for every class")
+    pictures = [
         (str(path), number)
         for number, name in enumerate(names)
         for path in sorted((root / name).rglob("*"))
         if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
     ]
-    if not found:
+    if not pictures:
         raise ConfigError(f"{what}: no pictures in the sub-folders of {folder}, expected {', '.join(sorted(PICTURE_SUFFIXES))}")
-    paths, labels = zip(*found, strict=True)
+    paths, labels = zip(*pictures, strict=True)
     columns = datasets.Features({"image": datasets.Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": list(paths), "label": list(labels)}, features=columns)
 
@@ -81,12 +82,12 @@ def _check_readable(rows: Dataset, split: str) -> None:
     faults = []
     for number, stored in enumerate(rows["image"]):
         source = _source(stored)
-        fault = "there is none" if source is None else picture_fault(source)
+        fault = "no picture" if source is None else picture_fault(source)
         if fault:
             faults.append(f"{(stored or {}).get('path') or f'number {number}'} ({fault})")
     if faults:
-        some = ", ".join(faults[:5])
-        raise ConfigError(f"{split}: {len(faults)} of {len(rows)} pictures cannot be used, remove or replace them: {some}")
+        examples = ", ".join(faults[:5])
+        raise ConfigError(f"{split}: {len(faults)} of {len(rows)} pictures cannot be used, remove or replace them: {examples}")
 
 
 def _source(stored: dict | None) -> Path | BinaryIO | None:
@@ -96,20 +97,20 @@ def _source(stored: dict | None) -> Path | BinaryIO | None:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Examples with the pixels that a model takes, and the number of their class.
+    """Examples with the pixel values that a model takes, and the number of their class.
 
     Args:
-        rows: with the columns `image`, not decoded, and `labels`.
+        rows: rows with the columns `image` (not decoded) and `labels`.
         processor: the image processor of the model.
-        change: what is done to a picture at random; None: nothing.
-        seed: what it draws is a function of seed, epoch and number of the example, so that a resumed run draws the same.
+        change: random augmentation of a picture; None: none.
+        seed: the random numbers depend only on seed, epoch and example number, so a resumed run draws the same ones.
     """
 
     def __init__(self, rows: Dataset, processor, change: Callable | None = None, seed: int = 0):
         self.rows, self.processor, self.change, self.seed, self.epoch = rows, processor, change, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """What accelerate's data loader calls before every epoch."""
+        """Called by accelerate's data loader before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -119,22 +120,22 @@ class Pictures(torch.utils.data.Dataset):
         row = self.rows[number]
         picture = load_picture(_source(row["image"]))
         if self.change is not None:
-            mixed = np.random.SeedSequence((self.seed, self.epoch, number)).generate_state(1)[0]
+            example_seed = np.random.SeedSequence((self.seed, self.epoch, number)).generate_state(1)[0]
             # torchvision draws from the global generator of the CPU.
             with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(int(mixed))
+                torch.random.default_generator.manual_seed(int(example_seed))
                 picture = self.change(picture)
         return {"pixel_values": self.processor(picture, return_tensors="pt")["pixel_values"][0], LABELS: row[LABELS]}
 
 
 def with_pixels(splits: Splits, processor, settings: ImageData, seed: int) -> Splits:
-    """The splits as `Pictures`.
+    """Wraps the splits of `load_images` as `Pictures`.
 
     Args:
         splits: what `load_images` returned.
         processor: the image processor of the model.
-        settings: what is drawn at random while training.
-        seed: of what is drawn.
+        settings: `random_resized_crop` and `random_flip` apply to the training examples.
+        seed: seed of the random crops and flips.
     """
     size = processor.size
     sides = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2

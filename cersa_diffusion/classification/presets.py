@@ -1,6 +1,6 @@
-"""The paper's hyper-parameters, as defaults for the command line: `--preset vit-large/dtd`.
+"""The hyper-parameters of the paper as defaults of the command line: `--preset vit-large/dtd`.
 
-The tables give no number of epochs for pictures; figure 9 uses 15.
+The tables give no number of epochs for pictures; Figure 9 uses 15.
 """
 
 from cersa_diffusion.errors import ConfigError
@@ -13,7 +13,7 @@ _PICTURE_OPTIONS = {
 }
 _TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 
-# Table -> what it is for, its columns, and its rows by the name of the option.
+# Table of the paper -> its model, its columns, and its rows by the name of the option.
 TABLES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple]]] = {
     "Table 11": (
         "vit-large",
@@ -51,16 +51,16 @@ TABLES: dict[str, tuple[str, tuple[str, ...], dict[str, tuple]]] = {
 
 
 def preset_names(models: tuple[str, ...]) -> list[str]:
-    """The presets of some models ("vit-large", "vit-base", "deberta-v3-base")."""
+    """The names of the presets of these models ("vit-large", "vit-base", "deberta-v3-base")."""
     return [f"{model}/{column}" for model, columns, _ in TABLES.values() if model in models for column in columns]
 
 
 def preset(name: str, models: tuple[str, ...]) -> tuple[dict, str]:
-    """The settings of a preset, and the table they come from.
+    """The settings of a preset, and the table of the paper that they come from.
 
     Args:
         name: e.g. "vit-large/dtd".
-        models: those to choose among.
+        models: the models whose presets are offered.
 
     Raises:
         ConfigError: there is no such preset; the message lists them.

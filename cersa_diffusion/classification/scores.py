@@ -1,4 +1,7 @@
-"""The metrics of GLUE, from a model's outputs and the labels."""
+"""The metrics of GLUE, computed from the outputs of a model and the labels.
+
+Classification takes logits of shape (examples, classes) and class numbers of shape (examples,).
+"""
 
 from collections.abc import Callable
 
@@ -8,31 +11,21 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the examples whose class is found, in [0, 1].
-
-    Args:
-        outputs: (examples, classes) logits.
-        labels: (examples,) numbers of the classes.
-    """
+    """Share of the examples whose class is predicted correctly, in [0, 1]."""
     return float(accuracy_score(labels, outputs.argmax(axis=-1)))
 
 
 def matthews(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of the classes found with the right ones, in [-1, 1]; 0 where all examples get one class.
-
-    Args:
-        outputs: (examples, classes) logits.
-        labels: (examples,) numbers of the classes.
-    """
+    """Matthews correlation of the predicted and the true classes, in [-1, 1]; 0 if one class is predicted for all examples."""
     return float(matthews_corrcoef(labels, outputs.argmax(axis=-1)))
 
 
 def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation, in [-1, 1]; 0 where all predictions or all labels are the same, or there is only one example.
+    """Pearson correlation, in [-1, 1]; 0 if all predictions or all labels are equal, or if there is only one example.
 
     Args:
-        outputs: (examples,) or (examples, 1) predictions.
-        labels: (examples,) numbers.
+        outputs: (examples,) or (examples, 1) predicted numbers.
+        labels: (examples,) true numbers.
     """
     predictions = np.asarray(outputs, dtype=np.float64).reshape(-1)
     labels = np.asarray(labels, dtype=np.float64)

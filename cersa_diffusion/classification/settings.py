@@ -1,4 +1,4 @@
-"""The settings of a classification run, as dataclasses that become the command line."""
+"""The settings of a classification run: dataclasses from which the command line is made."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from cersa_diffusion.text import one_line
 
 @dataclass(kw_only=True)
 class ClassifierSettings(MethodSettings):
-    """What is trained, and from which model.
+    """The model and the fine-tuning method.
 
     Raises:
-        ConfigError: a value out of range, or settings that contradict each other.
+        ConfigError: a value is out of range, or settings contradict each other.
     """
 
     model_name_or_path: str = field(metadata={"help": "Pre-trained model: a local folder or a model id on the hub."})
@@ -27,11 +27,11 @@ class ClassifierSettings(MethodSettings):
     target_modules: list[str] | None = option(
         None,
         "Layers to train beside the classifier: QV, QKV (the default), QKVP or all (Table 2 of the paper), name endings, or one "
-        "regular expression for whole names. Full fine-tuning trains every parameter unless this is given.",
+        "regular expression for whole names. Full fine-tuning trains every parameter if this is not given.",
     )
     classifier_learning_rate: float | None = option(None, "Learning rate of the classifier. Default: learning_rate.")
-    attention_dropout: float | None = option(None, "Dropout of the attention weights. Default: the model's own.")
-    classifier_dropout: float | None = option(None, "Dropout in front of the classifier. Default: the model's own.")
+    attention_dropout: float | None = option(None, "Dropout of the attention weights. Default: that of the model.")
+    classifier_dropout: float | None = option(None, "Dropout before the classifier. Default: that of the model.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,52 +50,50 @@ class ClassifierSettings(MethodSettings):
         targets = self.target_modules
         if not targets or isinstance(targets, str):
             raise ConfigError(
-                f"target_modules is {targets!r}, expected a list: one of QV, QKV, QKVP, all, name endings, or one regular "
-                "expression"
+                f"target_modules is {targets!r}, expected a list: QV, QKV, QKVP, all, name endings, or one regular expression"
             )
         try:
             re.compile(targets[0] if len(targets) == 1 else "")
         except re.error as error:
-            raise ConfigError(f"target_modules: {targets[0]!r} is no regular expression ({error})") from error
+            raise ConfigError(f"target_modules: {targets[0]!r} is not a valid regular expression ({error})") from error
 
 
 @dataclass(kw_only=True)
 class SplitSettings:
-    """What pictures and sentences have in common: where the examples come from.
+    """The source of the examples: settings that pictures and sentences share.
 
     Raises:
-        ConfigError: no source, or two.
+        ConfigError: there is no source, or there are two.
     """
 
-    dataset_name: str | None = option(None, "A data set for `datasets.load_dataset`: a hub id or a local folder.")
+    dataset_name: str | None = option(None, "A data set that `datasets.load_dataset` can load: a hub id or a local folder.")
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     train_split: str = option("train", "Split of the data set to train on.")
     validation_split: str | None = option(None, "Split to evaluate on. Default: validation, or else test.")
     validation_fraction: float | None = option(
-        None, "Without examples to evaluate on: hold this share of the training examples back, drawn by the seed."
+        None, "Without examples to evaluate on: hold back this share of the training examples, chosen by the seed."
     )
-    label_column: str = option("label", "Column with the labels: numbers, or names of the classes.")
+    label_column: str = option("label", "Column with the labels: numbers or class names.")
 
     def _check_sources(self, sources: dict[str, object]) -> None:
         given = [name for name, value in sources.items() if value]
         if len(given) != 1:
-            found = " and ".join(given) if given else "none"
-            raise ConfigError(f"data: expected one of {', '.join(sources)}, found {found}")
+            raise ConfigError(f"data: expected one of {', '.join(sources)}, found {' and '.join(given) or 'none'}")
         if self.validation_fraction is not None and self.validation_split is not None:
-            raise ConfigError("validation_fraction holds training examples back, validation_split names others: leave one out")
+            raise ConfigError("validation_fraction and validation_split both set the examples to evaluate on: leave one out")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}, expected a share in (0, 1)")
 
 
 @dataclass(kw_only=True)
 class ImageData(SplitSettings):
-    """The pictures of a run."""
+    """The source of the pictures of a run, and their random augmentation."""
 
     train_dir: str | None = option(None, "Folder with a sub-folder of pictures for every class.")
-    validation_dir: str | None = option(None, "The same for the pictures to evaluate on.")
-    image_column: str = option("image", "Column of the data set with the pictures.")
-    random_resized_crop: bool = option(False, "Train on random parts of the pictures (at least half of the area).")
-    random_flip: bool = option(False, "Mirror pictures at random.")
+    validation_dir: str | None = option(None, "Such a folder with the pictures to evaluate on.")
+    image_column: str = option("image", "Column of the data set that holds the pictures.")
+    random_resized_crop: bool = option(False, "Train on random crops of the pictures (at least half of the area).")
+    random_flip: bool = option(False, "Flip training pictures horizontally at random.")
 
     def __post_init__(self):
         self._check_sources({"dataset_name": self.dataset_name, "train_dir": self.train_dir})
@@ -104,24 +102,22 @@ class ImageData(SplitSettings):
 
     @property
     def name(self) -> str:
-        """What tables call these data."""
+        """The name of these data in tables."""
         return self.dataset_name or self.train_dir
 
 
 @dataclass(kw_only=True)
 class TextData(SplitSettings):
-    """The sentences of a run, of a GLUE task or of one's own."""
+    """The source of the sentences of a run: a GLUE task, another data set or files."""
 
     task_name: str | None = option(
-        None, f"GLUE task, which decides columns and metric: {', '.join(GLUE_TASKS)}. Without files it is fetched from the hub."
+        None, f"GLUE task, which sets columns and metric: {', '.join(GLUE_TASKS)}. Without files it is downloaded from the hub."
     )
     train_file: str | None = option(None, "CSV, TSV, JSON or JSON-lines file with the examples to train on.")
-    validation_file: list[str] | None = option(None, "The same to evaluate on; of several files each is reported on its own.")
-    text_column: str | None = option(None, "Column with the sentences. Default: the task's, or 'text'.")
-    text_pair_column: str | None = option(None, "Column with second sentences. Default: the task's, or none.")
-    max_length: int | None = option(
-        None, "Longer inputs are cut to this many tokens. Default: what the model takes, at most 512."
-    )
+    validation_file: list[str] | None = option(None, "Such files with the examples to evaluate on; each is reported separately.")
+    text_column: str | None = option(None, "Column with the sentences. Default: that of the task, or 'text'.")
+    text_pair_column: str | None = option(None, "Column with the second sentences. Default: that of the task, or none.")
+    max_length: int | None = option(None, "Cut inputs to this many tokens. Default: as many as the model takes, at most 512.")
     regression: bool = option(False, "The labels are numbers to predict (as in STS-B), not classes.")
 
     def __post_init__(self):
@@ -137,35 +133,38 @@ class TextData(SplitSettings):
 
     @property
     def name(self) -> str:
-        """What tables call these data."""
+        """The name of these data in tables."""
         return self.task_name or self.dataset_name or self.train_file
+
+
+Data = ImageData | TextData
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments with the paper's settings as defaults: batch 32, AdamW, linear with a warm-up of .08.
+    """TrainingArguments of transformers with the paper's settings as defaults: batch 32, AdamW, linear schedule, warm-up 0.08.
 
     Raises:
-        ConfigError: what transformers refuses.
+        ConfigError: transformers refuses a value.
     """
 
     output_dir: str = option("cersa-classifier", "Folder for the result and the checkpoints.")
     per_device_train_batch_size: int = option(32, "Examples per step and process.")
     per_device_eval_batch_size: int = option(64, "Examples per batch of an evaluation.")
-    learning_rate: float = option(2e-4, "Learning rate of all but the classifier; the right one differs by method.")
-    warmup_steps: float = option(0.08, "Warm-up: a number of steps, or below 1 a share of them.")
-    logging_steps: float = option(50, "Report the loss every so many steps.")
-    report_to: str = option("none", "Also log there: tensorboard, wandb, ...")
-    dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Keep batches in memory that a GPU reads faster.")
-    # Columns are chosen, and pictures decoded, here.
-    remove_unused_columns: bool = option(False, "Leave as it is.")
-    # Frozen bases are buffers: the first process sends them once, after they are made.
+    learning_rate: float = option(2e-4, "Learning rate of everything but the classifier; the best value depends on the method.")
+    warmup_steps: float = option(0.08, "Warm-up: a number of steps, or, if below 1, a share of all steps.")
+    logging_steps: float = option(50, "Report the loss every N steps.")
+    report_to: str = option("none", "Also log to: tensorboard, wandb, ...")
+    dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Keep batches in pinned memory, which a GPU reads faster.")
+    # This package chooses the columns and decodes the pictures itself.
+    remove_unused_columns: bool = option(False, "Do not change.")
+    # Frozen bases are buffers: the first process sends them once, after they have been computed.
     ddp_broadcast_buffers: bool | None = option(False, "Send buffers from the first process at every step.")
-    # Otherwise transformers leaves NaN out of the loss that it reports.
+    # With this filter, transformers leaves NaN out of the loss that it reports.
     logging_nan_inf_filter: bool = option(False, "Report the last finite loss instead of NaN.")
-    # Without it transformers refuses bfloat16 where there is nothing but a CPU.
+    # If this is not set, transformers refuses bfloat16 on a machine that has only a CPU.
     use_cpu: bool = option(
-        not torch.accelerator.is_available() and not is_torch_xla_available(), "Train on the CPU. Default: where there is no GPU."
+        not torch.accelerator.is_available() and not is_torch_xla_available(), "Train on the CPU. Default: if there is no GPU."
     )
 
     def __post_init__(self):

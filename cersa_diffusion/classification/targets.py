@@ -1,4 +1,4 @@
-"""The layers that the paper names Q, K, V, P, UP and DN (Fig. 3), in the architectures of transformers."""
+"""The layers that the paper calls Q, K, V, P, UP and DN (Fig. 3), in the architectures of transformers."""
 
 import re
 
@@ -15,7 +15,7 @@ _BERT = {
     "UP": r"intermediate\.dense",
     "DN": r"(?<!attention\.)output\.dense",
 }
-# Model type -> kind of layer -> ending of its name. DeBERTaV3 is of the type deberta-v2.
+# Model type -> kind of layer -> ending of the layer name. DeBERTaV3 has the model type deberta-v2.
 LAYERS = {
     "vit": {
         "Q": r"attention\.q_proj",
@@ -30,40 +30,35 @@ LAYERS = {
     "deberta-v2": _BERT
     | {"Q": r"attention\.self\.query_proj", "K": r"attention\.self\.key_proj", "V": r"attention\.self\.value_proj"},
 }
-PRESETS = {
-    "QV": ("Q", "V"),
-    "QKV": ("Q", "K", "V"),
-    "QKVP": ("Q", "K", "V", "P"),
-    "all": ("Q", "K", "V", "P", "UP", "DN"),
-}
+PRESETS = {"QV": ("Q", "V"), "QKV": ("Q", "K", "V"), "QKVP": ("Q", "K", "V", "P"), "all": ("Q", "K", "V", "P", "UP", "DN")}
 
 
 def target_pattern(model_type: str, target_modules: list[str] | None) -> str | list[str]:
-    """A target specification as `match_targets` takes it.
+    """Turns the setting `target_modules` into the form that `match_targets` takes.
 
     Args:
-        model_type: of the model's configuration.
-        target_modules: a preset, name endings or one regular expression; None for QKV.
+        model_type: `model_type` of the model's configuration.
+        target_modules: a preset, name endings or one regular expression; None: QKV.
 
     Raises:
-        ConfigError: a preset, and an architecture whose layers are not known here.
+        ConfigError: a preset was given, but the layers of this architecture are not listed here.
     """
-    chosen = ["QKV"] if target_modules is None else target_modules
-    if len(chosen) == 1 and chosen[0] in PRESETS:
+    targets = ["QKV"] if target_modules is None else target_modules
+    if len(targets) == 1 and targets[0] in PRESETS:
         if model_type not in LAYERS:
             raise ConfigError(
-                f"target_modules: the layers {chosen[0]} of a {model_type!r} model are not known here, only those of "
-                f"{', '.join(LAYERS)}: give name endings or a regular expression"
+                f"target_modules: the layers {targets[0]} are known for the model types {', '.join(LAYERS)}, but not for "
+                f"{model_type!r}: give name endings or a regular expression"
             )
-        endings = "|".join(LAYERS[model_type][kind] for kind in PRESETS[chosen[0]])
+        endings = "|".join(LAYERS[model_type][kind] for kind in PRESETS[targets[0]])
         return rf".*\.(?:{endings})"
-    # One plain name is an ending, as it is among several; anything else that is alone is a pattern for whole names.
-    pattern = len(chosen) == 1 and not re.fullmatch(r"[\w.]+", chosen[0])
-    return chosen[0] if pattern else chosen
+    # A single plain name is a name ending, as in a longer list; any other single entry is a pattern for whole names.
+    is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
+    return targets[0] if is_pattern else targets
 
 
 def check_outside_head(model: nn.Module, target_modules: str | list[str], head: list[str]) -> None:
-    """Refuses targets in the classifier, which every method trains as it is.
+    """Refuses target layers that lie in the classifier, which every method trains as a dense layer.
 
     Args:
         model: the model.
@@ -71,8 +66,13 @@ def check_outside_head(model: nn.Module, target_modules: str | list[str], head: 
         head: names of the modules of the classifier.
 
     Raises:
-        ConfigError: nothing matches, or a match lies in the head.
+        ConfigError: no layer matches, or a matching layer lies in the head.
     """
-    inside = [name for name in match_targets(model, target_modules) if any(f"{name}.".startswith(f"{own}.") for own in head)]
+    inside = [layer for layer in match_targets(model, target_modules) if is_inside(layer, head)]
     if inside:
         raise ConfigError(f"target_modules: {inside} is part of the classifier, which is trained dense anyway: leave it out")
+
+
+def is_inside(name: str, modules: list[str]) -> bool:
+    """Whether a parameter or module is one of these modules or lies in one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)

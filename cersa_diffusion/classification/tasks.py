@@ -1,4 +1,4 @@
-"""The GLUE tasks of the paper (Table 8): their columns, evaluation splits and metric."""
+"""The GLUE tasks of the paper (Table 8) with their columns, evaluation splits and metrics."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ class GlueTask(NamedTuple):
     """A task.
 
     Attributes:
-        text: column of the sentences.
-        pair: column of the second sentences, or None.
-        metric: key of `cersa_diffusion.classification.scores.METRICS`.
-        validation: splits to evaluate on.
+        text: column with the sentences.
+        pair: column with the second sentences, or None.
+        metric: key in `cersa_diffusion.classification.scores.METRICS`.
+        validation: the splits to evaluate on.
     """
 
     text: str
