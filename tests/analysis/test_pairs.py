@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import cersa_diffusion as cersa
 from cersa_diffusion import ConfigError
 from cersa_diffusion.analysis.intruders import draw_intruders, intruder_rows, intruder_totals
 from cersa_diffusion.analysis.models import open_pair
@@ -18,6 +17,7 @@ from cersa_diffusion.analysis.similarity import (
     middle_and_ends,
     similarity_rows,
 )
+from cersa_diffusion.layers.model import cersa_layers
 
 from ..conftest import DEVICE, raises
 
@@ -74,7 +74,7 @@ def test_training_inside_the_principal_subspace_stays_in_it(trained):
     base, model = trained
     for own, layer in zip(
         layer_similarities(open_pair(base, model), 1.0, show_progress=False),
-        cersa.inject.cersa_layers(model).values(),
+        cersa_layers(model).values(),
         strict=True,
     ):
         assert own.resolved[1] == layer.kept_rank == own.ranks[1]
