@@ -1,4 +1,4 @@
-"""CLIP models for scoring: from transformers, as torchmetrics expects them, and from open_clip, with the same or other weights."""
+"""CLIP models that score: from transformers, as torchmetrics expects them, and from open_clip, with the same or its own weights."""
 
 import os
 import re
