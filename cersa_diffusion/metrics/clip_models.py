@@ -1,4 +1,4 @@
-"""CLIP models that score: from transformers, as torchmetrics expects them, and from open_clip, with the same or its own weights."""
+"""CLIP models for scores: from transformers (adapted to torchmetrics) and from open_clip, with the same or its own weights."""
 
 import os
 import re

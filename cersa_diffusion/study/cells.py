@@ -1,4 +1,4 @@
-"""The cells of a comparison (subject x row x rate x seed), the places of their files, and the check that these belong to a study."""
+"""The cells of a comparison (subject x row x rate x seed), the places of their files, and the check of their settings."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -88,7 +88,7 @@ def read_result(study: Study, cell: Cell, subject: Subject, path: Path) -> dict 
     changed = sorted(_changed_settings(cell_settings(study, cell, subject), result.get("made_with", {})))
     if changed:
         raise ConfigError(
-            f"{path}: it was made with other values of {', '.join(changed)} than the study has now: undo the change of the study, "
+            f"{path}: it was made with other values of {', '.join(changed)} than the study has now: undo the change, "
             "choose another --output, or delete the folder of this cell"
         )
     return result

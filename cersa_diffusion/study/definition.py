@@ -21,9 +21,11 @@ UNTRAINED = ("base", "truncated")
 # Name in `--rows` for the two rows of matched memory, whose settings are not known before the models are loaded.
 MATCHED = "matched"
 # Settings that the [training] table must not contain: other parts of the study set them, or they differ between cells.
-_SET_ELSEWHERE = {"pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "dataset_name", "class_data_dir", "class_prompt",
-        "output_dir", "seed", "method", "learning_rate", "text_encoder_lr", "resume_from_checkpoint",
-        "num_train_epochs", "validation_prompt", "push_to_hub", "report_to"}  # fmt: skip
+_SET_ELSEWHERE = {
+    "pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "dataset_name", "class_data_dir",
+    "class_prompt", "output_dir", "seed", "method", "learning_rate", "text_encoder_lr", "resume_from_checkpoint",
+    "num_train_epochs", "validation_prompt", "push_to_hub", "report_to",
+}  # fmt: skip
 # Measure -> whether a higher value is better.
 SELECTABLE = {"distance": False, "clipscore": True, "clip_i": True, "similarity": True}
 _ROW_NAME = re.compile(r"[\w.@=+-]+")

@@ -56,7 +56,7 @@ def run_task(task: Task) -> None:
 def _check(task: Task, code: int) -> None:
     if code:
         lines = task.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; the whole output is in {task.log})")
+        raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; see {task.log} for the output)")
 
 
 def run_in_turn(tasks: Sequence[Task]) -> Iterator[Task]:
