@@ -61,10 +61,7 @@ def clipscore_torchmetrics(
 def clipscore_open_clip(
     pictures: Sequence[Image.Image], prompts: Sequence[str], clip: OpenClipModel, *, weight: float = PERCENT, batch_size: int = 32
 ) -> list[float]:
-    """CLIPScore of each picture with its prompt, from the embeddings of an open_clip model.
-
-    Args, Returns, Raises: as `clipscore_torchmetrics`.
-    """
+    """As `clipscore_torchmetrics`, but from the embeddings of an open_clip model."""
     _check(pictures, prompts)
     clip.warn_of_truncation(prompts)
     different = list(dict.fromkeys(prompts))

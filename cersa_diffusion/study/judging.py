@@ -28,15 +28,9 @@ def load_scorer(study: Study) -> Scorer:
 
 
 def judge(study: Study, cell: Cell, subject: Subject, part: str, pipeline: DiffusionPipeline, output: Path) -> dict:
-    """Draws the prompts of a part (for the test part also the drift prompts), saves the pictures and scores them.
+    """Draws the prompts of a part with the model of a cell, saves the pictures to the output and scores them.
 
-    Args:
-        study: the comparison.
-        cell: the cell of the model.
-        subject: the subject of the cell.
-        part: "validation" or "test".
-        pipeline: the model, on the device that draws.
-        output: folder of the comparison.
+    The part is "validation" or "test"; for the test part it also draws the drift prompts. The pipeline draws on its device.
 
     Returns:
         "measures": name -> value; "vision": the name of the features of the vision transformer.
