@@ -60,7 +60,7 @@ class Weights:
         self.originals: dict[tuple[int, int], Tensor] = {}
 
     def next(self, shape: tuple[int, int]) -> Tensor:
-        """A new weight: one weight per shape with shuffled rows and random signs, because orthogonal factors are slow to compute."""
+        """A new weight: one weight per shape with shuffled rows and random signs; orthogonal factors are slow to compute."""
         generator = torch.Generator().manual_seed(self.made)
         self.made += 1
         if shape not in self.originals:
