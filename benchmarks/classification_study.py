@@ -65,8 +65,8 @@ class Task:
 def digits(folder: Path) -> Task:
     """Ten classes of 8 x 8 pictures: 897 to train, 300 to choose the learning rates, 600 to test."""
     pictures = load_digits()
-    parts = {"train": range(897), "validation": range(897, 1197), "test": range(1197, 1797)}
-    for part, numbers in parts.items():
+    indices = {"train": range(897), "validation": range(897, 1197), "test": range(1197, 1797)}
+    for part, numbers in indices.items():
         for number in numbers:
             path = folder / part / str(pictures.target[number]) / f"{number:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,14 +130,14 @@ def measure(seconds: float) -> list[dict]:
         }
         row = {"layer": name, "m": outputs, "n": inputs, "tokens": tokens, "share": share, "k": models["cersa"][0].kept_rank}
         for other in ("lora", "full"):
-            row |= {f"{what}/{other}": figures["cersa"][what] / figures[other][what] for what in figures["cersa"]}
+            row |= {f"{figure}/{other}": figures["cersa"][figure] / figures[other][figure] for figure in figures["cersa"]}
         rows.append(row | {"figures": figures})
     return rows
 
 
 def as_table(rows: list[dict]) -> str:
     """The ratios as text; below 1, CERSA needs less."""
-    columns = [f"{what}/{other}" for other in ("lora", "full") for what in ("state", "saved", "step", "forward")]
+    columns = [f"{figure}/{other}" for other in ("lora", "full") for figure in ("state", "saved", "step", "forward")]
     lines = [f"{'layer':<24}{'k/n':>6}" + "".join(f"{column:>14}" for column in columns)]
     for row in rows:
         share = row["k"] / min(row["m"], row["n"])

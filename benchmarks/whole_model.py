@@ -206,7 +206,7 @@ def steps(share: float, device: str, repeats: int, widths: list[int]) -> list[di
             figures[method] = json.loads(process.stdout.splitlines()[-1])
         row = {"width": width, "tokens": tokens, "figures": figures}
         for other in ("lora", "full"):
-            row |= {f"{what}/{other}": figures["cersa"][what] / figures[other][what] for what in ("peak", "step")}
+            row |= {f"{figure}/{other}": figures["cersa"][figure] / figures[other][figure] for figure in ("peak", "step")}
         rows.append(row)
     return rows
 
@@ -224,7 +224,7 @@ def report(results: dict) -> str:
         if "one_by_one" in totals:
             lines.append(f"one layer after the other, each with all threads: {totals['one_by_one']:.1f} s")
     if "steps" in results:
-        columns = [f"{what}/{other}" for other in ("lora", "full") for what in ("peak", "step")]
+        columns = [f"{figure}/{other}" for other in ("lora", "full") for figure in ("peak", "step")]
         lines.append(f"{'block':<16}{'cersa MiB':>12}{'cersa s':>10}" + "".join(f"{column:>12}" for column in columns))
         for row in results["steps"]:
             cersa = row["figures"]["cersa"]

@@ -41,11 +41,11 @@ class DrawingPlaces:
             yield
             return
         visitor = str(body.get("session_hash"))
-        places = Counter(self._visitors()) + self._entering
-        if places[visitor] >= self._limits.drawings_per_visitor:
-            raise ConfigError(f"{places[visitor]} of your drawings run or wait: wait for one of them, or stop it")
-        if places.total() >= self._limits.drawings:
-            raise ConfigError(f"{places.total()} drawings of all visitors run or wait: try again later")
+        drawings = Counter(self._visitors()) + self._entering
+        if drawings[visitor] >= self._limits.drawings_per_visitor:
+            raise ConfigError(f"{drawings[visitor]} of your drawings run or wait: wait for one of them, or stop it")
+        if drawings.total() >= self._limits.drawings:
+            raise ConfigError(f"{drawings.total()} drawings of all visitors run or wait: try again later")
         self._entering[visitor] += 1
         try:
             yield

@@ -149,9 +149,9 @@ def _read_config(folder: Path) -> DreamBoothConfig:
 
 def _read_run(name: str, folder: Path, names: dict[str, str]) -> Run | None:
     try:
-        facts = json.loads((folder / RESULT_FILE).read_text())
+        result = json.loads((folder / RESULT_FILE).read_text())
         settings = read_settings(folder / SETTINGS_FILE)
-        method, source = facts["method"], settings["pretrained_model_name_or_path"]
+        method, source = result["method"], settings["pretrained_model_name_or_path"]
         # The recorded path is not used: folders may be moved, and a file must not make the server read in other folders.
         weights = folder / _result_name(method)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -160,7 +160,7 @@ def _read_run(name: str, folder: Path, names: dict[str, str]) -> Run | None:
     usable = weights.exists() and weights.resolve().is_relative_to(folder.resolve()) and _only_safetensors(weights)
     if not usable or _identity(source) not in names:
         return None
-    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], facts)
+    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], result)
 
 
 def _result_name(method: str) -> str:

@@ -74,10 +74,10 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
     """
     run_folder, clock = Path(config.output_dir), Clock(folder / CLOCK_FILE)
     if (run_folder / RESULT_FILE).is_file():
-        result, before = TrainResult.read(run_folder), {"seconds": 0.0, "peak": 0}
+        result, earlier = TrainResult.read(run_folder), {"seconds": 0.0, "peak": 0}
     else:
         result = train_dreambooth(config, [ProgressBar(config), clock])
-        before = clock.before
+        earlier = clock.before
     for checkpoint in run_folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {
@@ -85,9 +85,9 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
         "trainable_parameters": result.trainable_parameters,
         "trained_bytes": result.weight_bytes + result.gradient_bytes + result.optimizer_bytes,
         "file_bytes": result.file_bytes,
-        "seconds": round(before["seconds"] + result.seconds, 2),
+        "seconds": round(earlier["seconds"] + result.seconds, 2),
         "prepare_seconds": round(result.decompose_seconds, 2),
-        "peak_memory_bytes": max(result.peak_memory_bytes, before["peak"]),
+        "peak_memory_bytes": max(result.peak_memory_bytes, earlier["peak"]),
     }
 
 

@@ -73,13 +73,13 @@ class InspectTab:
         with self.app.store.lease(base) as pipeline:
             plan = plan_of(pipeline, float(alpha), int(rank))
             layers = surveyed(pipeline)
-        kinds = list(plan.by_kind())
-        kind = kind if kind in kinds else max(kinds, key=lambda name: len(plan.by_kind()[name]))
+        layers_of_kind = plan.by_kind()
+        kind = kind if kind in layers_of_kind else max(layers_of_kind, key=lambda name: len(layers_of_kind[name]))
         files = [self.app.place(f"{figure}.png") for figure in ("memory", "spectra", "ranks")]
         draw_memory(plan, memory_by_alpha(layers), float(alpha), files[0])
         draw_spectra(plan, kind, float(alpha), files[1])
         draw_ranks(plan, files[2])
-        return [*map(str, files), str(plan), gr.update(choices=kinds, value=kind)]
+        return [*map(str, files), str(plan), gr.update(choices=list(layers_of_kind), value=kind)]
 
     def describe(self, path: str | None) -> list[str]:
         """The text of `cersa info` for an uploaded adapter; removes the upload."""
