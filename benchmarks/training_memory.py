@@ -34,7 +34,7 @@ from cersa_diffusion.training.data.captions import read_examples
 from cersa_diffusion.training.run.loop import DreamBoothRun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROWS = ("cersa .8", "cersa .9", "cersa .95", "lora", "full")
+ROWS = ("cersa 0.8", "cersa 0.9", "cersa 0.95", "lora", "full")
 SHARE = 0.35
 
 
