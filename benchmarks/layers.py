@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Single layers of Stable Diffusion 2.1 shape: CERSA beside peft LoRA and full fine-tuning, every figure as a ratio in one run.
+"""Single layers with shapes of Stable Diffusion 2.1: CERSA, peft LoRA and full fine-tuning in one run; the figures are ratios.
 
-The spectra are synthesised (exponential decay) so that alpha = .95 keeps the given share k/n of the rank: real checkpoints lie
-anywhere between, small ones near .6, ViT-Large attention near .35.
+The spectra are synthetic (exponential decay), such that alpha = 0.95 keeps the given share k/n of the rank. The shares of real
+checkpoints lie in this range: small models near 0.6, the attention of ViT-Large near 0.35.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from cersa_diffusion import CersaConfig, inject_cersa, trainable_parameters
 
 ALPHA, LORA_RANK = 0.95, 32
-# (name, outputs, inputs, tokens at 512 x 512 and batch 1): the UNet's attention and feed-forward layers at its three widths.
+# (name, outputs, inputs, tokens at 512 x 512 and batch 1) of the UNet's attention and feed-forward layers at its three widths.
 SHAPES = (
     ("attention 320", 320, 320, 4096),
     ("feed-forward in 320", 2560, 320, 4096),
@@ -35,20 +35,20 @@ SHARES = (0.2, 0.35, 0.5, 0.65)
 
 
 def decay_for(share: float, size: int) -> Tensor:
-    """Singular values of a spectrum whose first `share` of components hold `ALPHA` of the energy."""
+    """Singular values of a spectrum in which the first `share` of the components has `ALPHA` of the energy."""
 
-    def kept(rate: float) -> float:
+    def kept_energy(rate: float) -> float:
         return (1 - math.exp(-2 * rate * share)) / (1 - math.exp(-2 * rate))
 
     low, high = 1e-6, 50.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) < ALPHA else (low, middle)
+        low, high = (middle, high) if kept_energy(middle) < ALPHA else (low, middle)
     return torch.exp(-low * torch.arange(size) / size)
 
 
 def synthetic_linear(outputs: int, inputs: int, share: float) -> nn.Sequential:
-    """A linear layer with random singular vectors and the given decay."""
+    """A linear layer with random singular vectors and the spectrum of `decay_for`."""
     generator = torch.Generator().manual_seed(0)
     p = min(outputs, inputs)
     left, right = (torch.linalg.qr(torch.randn(size, p, generator=generator)).Q for size in (outputs, inputs))
@@ -58,7 +58,7 @@ def synthetic_linear(outputs: int, inputs: int, share: float) -> nn.Sequential:
 
 
 def methods(outputs: int, inputs: int, share: float) -> dict[str, nn.Module]:
-    """The layer under each method, with only that method's parameters trainable."""
+    """Method -> the layer, in which only the parameters of this method are trainable."""
     cersa, lora, full = (synthetic_linear(outputs, inputs, share) for _ in range(3))
     inject_cersa(cersa, CersaConfig(alpha=ALPHA), show_progress=False)
     lora.requires_grad_(False)
@@ -68,29 +68,29 @@ def methods(outputs: int, inputs: int, share: float) -> dict[str, nn.Module]:
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes autograd keeps for the backward pass, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
+    """Bytes that autograd saves for the backward pass, without parameters and buffers."""
+    storages_of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in storages_of_model:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(x).sum()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Weights, and four bytes times three (gradient, two Adam moments) for everything trained."""
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    return held + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable_parameters(model))
+    """Bytes of the weights, and three times four bytes (gradient, two Adam moments) for each trained parameter."""
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return weight_bytes + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trainable_parameters(model))
 
 
 def step_seconds(model: nn.Module, x: Tensor, seconds: float) -> float:
-    """Median time of a training step: forward, backward (also to the input, as inside a network), AdamW."""
+    """Median time of a training step: forward pass, backward pass (also for the input, as inside a network), AdamW."""
     optimizer = torch.optim.AdamW(trainable_parameters(model), 1e-4)
 
     def step() -> None:
@@ -113,7 +113,7 @@ def forward_seconds(model: nn.Module, x: Tensor, seconds: float) -> float:
 
 
 def measure(seconds: float) -> list[dict]:
-    """All shapes and spectra: figures of CERSA over LoRA's and over full fine-tuning's."""
+    """All shapes and spectra: figures of CERSA divided by those of LoRA and of full fine-tuning."""
     rows = []
     cases = [(shape, share) for shape in SHAPES for share in SHARES]
     for (name, outputs, inputs, tokens), share in tqdm(cases, unit="case"):
@@ -130,14 +130,14 @@ def measure(seconds: float) -> list[dict]:
         }
         row = {"layer": name, "m": outputs, "n": inputs, "tokens": tokens, "share": share, "k": models["cersa"][0].kept_rank}
         for other in ("lora", "full"):
-            row |= {f"{what}/{other}": figures["cersa"][what] / figures[other][what] for what in figures["cersa"]}
+            row |= {f"{figure}/{other}": figures["cersa"][figure] / figures[other][figure] for figure in figures["cersa"]}
         rows.append(row | {"figures": figures})
     return rows
 
 
 def as_table(rows: list[dict]) -> str:
-    """The ratios as text; under 1 CERSA needs less."""
-    columns = [f"{what}/{other}" for other in ("lora", "full") for what in ("state", "saved", "step", "forward")]
+    """The ratios as text; below 1, CERSA needs less."""
+    columns = [f"{figure}/{other}" for other in ("lora", "full") for figure in ("state", "saved", "step", "forward")]
     lines = [f"{'layer':<24}{'k/n':>6}" + "".join(f"{column:>14}" for column in columns)]
     for row in rows:
         share = row["k"] / min(row["m"], row["n"])
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="time spent on each timing (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/layers.json"), help="JSON (default: %(default)s)")
     arguments = parser.parse_args()
-    os.environ["CERSA_CACHE"] = "off"  # random matrices: nobody will ask for them again
+    os.environ["CERSA_CACHE"] = "off"  # The matrices are random, so no later run can use their decompositions.
     start = time.perf_counter()
     rows = measure(arguments.seconds)
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
@@ -159,8 +159,8 @@ def main() -> None:
         json.dumps({"machine": machine, "alpha": ALPHA, "lora_rank": LORA_RANK, "rows": rows}, indent=1) + "\n"
     )
     print(as_table(rows))
-    print(f"\nCERSA (alpha = {ALPHA}) over peft LoRA (r = {LORA_RANK}) and over full fine-tuning; under 1: CERSA needs less")
-    print("state: weights, gradient and AdamW; saved: kept for the backward pass; step and forward: time")
+    print(f"\nCERSA (alpha = {ALPHA}) divided by peft LoRA (r = {LORA_RANK}) and by full fine-tuning; below 1: CERSA needs less")
+    print("state: weights, gradients and AdamW; saved: saved for the backward pass; step and forward: time")
     print(f"{machine}; {time.perf_counter() - start:.0f} s; figures in {arguments.output}")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Loading an adapter: `load_cersa_weights` with and without cached decompositions beside `load_lora_weights`, in one run.
+"""Loading an adapter: `load_cersa_weights` with and without cached decompositions, and `load_lora_weights`, in one run.
 
-The LoRA is the same adapter, exported at rank 32: the same layers of the same pipeline. Every figure is a median; the base is
-loaded anew outside the measured time.
+The LoRA is the same adapter, exported at rank 32, for the same layers of the same pipeline. Every figure is a median; the base
+is loaded again before each measurement, outside the measured time.
 """
 
 import json
@@ -24,17 +24,17 @@ from cersa_diffusion.pipelines.open import load_base
 
 
 def make_files(base: str, folder: Path, alpha: float) -> dict[str, Path]:
-    """An adapter with a change in every layer, the same with its bases, and as a LoRA."""
-    parts = injected(base, alpha)
+    """Files of an adapter with a change in every layer: without its bases, with its bases, and as a LoRA."""
+    models = injected(base, alpha)
     files = {name: folder / f"{name}.safetensors" for name in ("cersa", "cersa with bases", "lora")}
-    cersa.save_adapter(parts, files["cersa"])
-    cersa.save_adapter(parts, files["cersa with bases"], save_bases=True)
-    cersa.export_lora(parts, files["lora"], rank=LORA_RANK, inputs={})
+    cersa.save_adapter(models, files["cersa"])
+    cersa.save_adapter(models, files["cersa with bases"], save_bases=True)
+    cersa.export_lora(models, files["lora"], rank=LORA_RANK, inputs={})
     return files
 
 
 def measure(base: str, load: Callable[[StableDiffusionPipeline], None], repeats: int, before: Callable[[], None]) -> dict:
-    """Median and spread of the seconds that `load` takes on a fresh pipeline."""
+    """Median, lowest and highest seconds that `load` takes on a new pipeline."""
     seconds = []
     for _ in range(repeats):
         pipeline = load_base(base)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Shows that a change of the code changes no result: losses and files of short runs of every method, as digests.
+"""Checks that a change of the code changes no result: compares digests of losses and files from short runs of every method.
 
     git stash; python benchmarks/same_bits.py --write before.json; git stash pop
     python benchmarks/same_bits.py --compare before.json
 
-Every run has a fixed seed, one thread and the embedded models. DreamBooth: 20 steps of every method; classification: 20 steps of
-every method; a comparison of three rows: its tables of scores and sizes. Digests are the same on one machine with the same
-versions of the libraries; on another machine the libraries may round in another way.
+Every run has a fixed seed, one thread and the embedded models. The runs are 20 steps of DreamBooth with every method, 20 steps of
+classification with every method, and a comparison of three rows with its tables of scores and sizes. Digests are the same on one
+machine with the same versions of the libraries; on another machine the libraries may round in another way.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch is imported: sums in several threads may be added in another order.
+# This has to come before the import of torch. With several threads, the order of additions may change.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
@@ -89,7 +89,7 @@ learning_rates = [1e-3]
 
 
 class Losses(TrainingCallback):
-    """Keeps the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self):
         self.values: list[float] = []
@@ -118,7 +118,7 @@ def dreambooth(options: dict, folder: Path) -> dict:
     subject, losses = json.loads((SUBJECT / "subject.json").read_text()), Losses()
     if options.get("with_prior_preservation"):
         options = options | {"class_data_dir": str(folder / "classes")}
-    # accelerate keeps its precision for the whole process.
+    # accelerate would keep the precision of the first run for the whole process.
     AcceleratorState._reset_state(reset_partial_state=True)
     config = DreamBoothConfig(
         pretrained_model_name_or_path=str(ASSETS / "emoji-base"),
@@ -157,7 +157,7 @@ def classification(method: str, options: dict, folder: Path) -> dict:
 
 
 def comparison(folder: Path) -> dict:
-    """Digests of the tables of a comparison, without what is measured in seconds."""
+    """Digests of the tables of a comparison, without the tables of measured costs."""
     (folder / "study.toml").write_text(STUDY)
     subprocess.run(
         [sys.executable, REPOSITORY / "scripts" / "compare_methods.py", folder / "study.toml", "--output", folder / "output"],
@@ -169,33 +169,33 @@ def comparison(folder: Path) -> dict:
 
 def results() -> dict[str, dict]:
     """Name of a run -> name of a result -> its digest."""
-    found = {"golden": files(REPOSITORY / "tests" / "golden", "*.json")}
+    digests = {"golden": files(REPOSITORY / "tests" / "golden", "*.json")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["CERSA_CACHE"] = str(folder / "cache")
         for number, (title, options) in enumerate(DREAMBOOTH.items()):
-            found[f"dreambooth {title}"] = dreambooth(options, folder / f"dreambooth-{number}")
+            digests[f"dreambooth {title}"] = dreambooth(options, folder / f"dreambooth-{number}")
         for method, options in CLASSIFICATION.items():
-            found[f"classification {method}"] = classification(method, options, folder / f"classification-{method}")
+            digests[f"classification {method}"] = classification(method, options, folder / f"classification-{method}")
         (folder / "study").mkdir()
-        found["comparison"] = comparison(folder / "study")
-    return found
+        digests["comparison"] = comparison(folder / "study")
+    return digests
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="file for the digests")
-    parser.add_argument("--compare", type=Path, help="file with the digests of before")
+    parser.add_argument("--compare", type=Path, help="file with earlier digests")
     arguments = parser.parse_args()
-    found = results()
-    for title, values in found.items():
+    digests = results()
+    for title, values in digests.items():
         print(title, json.dumps(values))
     if arguments.write:
-        arguments.write.write_text(json.dumps(found, indent=1))
+        arguments.write.write_text(json.dumps(digests, indent=1))
     if arguments.compare:
-        before = json.loads(arguments.compare.read_text())
-        differing = [title for title in {**before, **found} if before.get(title) != found.get(title)]
-        print(f"{len(found)} runs: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}")
+        earlier = json.loads(arguments.compare.read_text())
+        differing = [title for title in {**earlier, **digests} if earlier.get(title) != digests.get(title)]
+        print(f"{len(digests)} runs: {'DIFFERENT: ' + ', '.join(differing) if differing else 'the same bits'}")
         sys.exit(bool(differing))
 
 

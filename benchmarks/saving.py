@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Saving an adapter: `save_adapter` of every linear layer of a pipeline beside its LoRA (r = 32), in one run.
+"""Saving an adapter: `save_adapter` for every linear layer of a pipeline, and a LoRA (r = 32) of the same layers, in one run.
 
-Medians over several saves, flushed to the disk. A model that was injected has its pivots from the decomposition; "choosing the
-pivots" is a model whose bases came from a state dict.
+The figures are medians over several saves that are flushed to the disk. An injected model has its pivots from the decomposition;
+"choosing the pivots" measures a model whose bases came from a state dict.
 """
 
 import os
@@ -27,7 +27,7 @@ from cersa_diffusion.pipelines.open import load_base
 
 
 def timed(save: Callable[[], None], before: Callable[[], None], repeats: int) -> list[float]:
-    """Seconds of every save."""
+    """The seconds of every save."""
     seconds = []
     for _ in range(repeats):
         before()

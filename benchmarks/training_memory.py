@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Peak memory of training steps: CERSA at three alphas beside LoRA r = 32 and full fine-tuning of the same layers.
+"""Peak memory of training steps: CERSA with three alphas, LoRA with r = 32 and full fine-tuning of the same layers.
 
-Two models, a fresh process for every row: the embedded base through the trainer itself (UNet and text encoder, 64 pixels,
-batch 4), and a UNet of Stable Diffusion 2.1 shape (batch 1) whose layers have the spectrum in which alpha = .95 keeps k/n = .35;
-its factors are random, for memory depends on shapes alone. On a CPU it is the resident set, over what the process held before
-the weights; on a GPU what was allocated. Beside it the plan's figure for the same tensors (`docs/method.md`).
+Each row runs in a new process, for two models: the embedded base in the trainer (UNet and text encoder, 64 pixels, batch 4), and
+a UNet with the shapes of Stable Diffusion 2.1 (batch 1) whose layers have a spectrum in which alpha = 0.95 keeps k/n = 0.35; its
+factors are random, because the memory depends only on the shapes. On a CPU the figure is the resident memory minus that of the
+process before the weights; on a GPU it is the allocated memory. The table also shows the bytes of the memory plan
+(`docs/method.md`) or of the tensors.
 """
 
 import argparse
@@ -33,12 +34,12 @@ from cersa_diffusion.training.data.captions import read_examples
 from cersa_diffusion.training.run.loop import DreamBoothRun
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROWS = ("cersa .8", "cersa .9", "cersa .95", "lora", "full")
+ROWS = ("cersa 0.8", "cersa 0.9", "cersa 0.95", "lora", "full")
 SHARE = 0.35
 
 
 def embedded_base(row: str, device: str, precision: str) -> dict:
-    """Peak of four steps of the trainer on the embedded base."""
+    """Peak memory of four steps of the trainer on the embedded base."""
     method, _, alpha = row.partition(" ")
     subject = REPOSITORY / "assets" / "subjects" / "fluent-robot"
     with tempfile.TemporaryDirectory() as output:
@@ -65,11 +66,11 @@ def embedded_base(row: str, device: str, precision: str) -> dict:
 
 
 def replace_by_random_factors(layer: nn.Linear, alpha: float) -> CersaLinear:
-    """A CERSA layer of the shape and the rank that alpha gives for the spectrum, with factors of no meaning."""
+    """A CERSA layer of the same shape, with the rank that alpha gives for the spectrum, and with random factors."""
     m, n = layer.weight.shape
     spectrum = decay_for(SHARE, min(m, n))
     rank = energy_rank(spectrum, alpha)
-    # Small enough that 216 layers in a row neither explode nor vanish.
+    # With this scale the activations of 216 layers in a row neither explode nor vanish.
     factors = Decomposition(torch.randn(m, rank) / m**0.5, torch.ones(rank), torch.randn(rank, n) / n**0.5)
     factored = CersaLinear(factors, rank, layer.bias, layer.weight.dtype)
     factored.add_core("default", MatrixCore(rank))
@@ -77,7 +78,7 @@ def replace_by_random_factors(layer: nn.Linear, alpha: float) -> CersaLinear:
 
 
 def shaped_unet(row: str) -> UNet2DConditionModel:
-    """A UNet of Stable Diffusion 2.1 shape with only the row's parameters trainable."""
+    """A UNet with the shapes of Stable Diffusion 2.1, in which only the parameters of the row's method are trainable."""
     method, _, alpha = row.partition(" ")
     unet = UNet2DConditionModel(
         sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
@@ -94,7 +95,7 @@ def shaped_unet(row: str) -> UNet2DConditionModel:
 
 
 def shaped(row: str, device: str, precision: str, side: int, checkpointing: bool) -> dict:
-    """Peak of two steps of the shaped UNet."""
+    """Peak memory of two steps of the UNet of `shaped_unet`."""
     before = used(device, peak=False)
     unet = shaped_unet(row).to(device)
     if checkpointing:
@@ -115,36 +116,36 @@ def shaped(row: str, device: str, precision: str, side: int, checkpointing: bool
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    held = {id(t): t for t in (*unet.parameters(), *unet.buffers())}
+    tensors_of_unet = {id(t): t for t in (*unet.parameters(), *unet.buffers())}
     state = [t for states in optimizer.state.values() for t in states.values() if isinstance(t, torch.Tensor)]
-    tensors = sum(t.numel() * t.element_size() for t in (*held.values(), *trained, *state))
+    tensors = sum(t.numel() * t.element_size() for t in (*tensors_of_unet.values(), *trained, *state))
     return {"peak": used(device, peak=True) - before, "tensors": tensors, "trained": sum(p.numel() for p in trained)}
 
 
 def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict]:
-    """Every row in a process of its own."""
+    """Measures every row in its own process."""
     figures = {}
     for row in arguments.rows:
         case = json.dumps([model, row, arguments.device, arguments.precision, arguments.side, arguments.gradient_checkpointing])
-        done = subprocess.run([sys.executable, __file__, "--case", case], check=True, stdout=subprocess.PIPE, text=True)
-        figures[row] = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run([sys.executable, __file__, "--case", case], check=True, stdout=subprocess.PIPE, text=True)
+        figures[row] = json.loads(process.stdout.splitlines()[-1])
         print(f"  {model}, {row}: {figures[row]['peak'] / MIB:.0f} MiB", flush=True)
     return figures
 
 
 def run_case(model: str, row: str, device: str, precision: str, side: int, checkpointing: bool) -> dict:
-    """What a fresh process measures."""
+    """The measurement of one row in a new process."""
     return embedded_base(row, device, precision) if model == "base" else shaped(row, device, precision, side, checkpointing)
 
 
 def table(model: str, figures: dict[str, dict]) -> str:
-    """Markdown: peaks, and their ratios to LoRA and to full fine-tuning."""
+    """A Markdown table of the bytes, and of their ratios to LoRA and to full fine-tuning."""
     lines = [f"| {model} | peak MiB | of LoRA | of full | plan or tensors MiB | of LoRA | of full |", "|---" * 7 + "|"]
-    for row, own in figures.items():
+    for row, measured in figures.items():
         cells = [row]
-        for what in ("peak", "planned" if "planned" in own else "tensors"):
-            cells.append(f"{own[what] / MIB:.0f}")
-            cells += [f"{own[what] / figures[other][what]:.2f}" if other in figures else "" for other in ("lora", "full")]
+        for name in ("peak", "planned" if "planned" in measured else "tensors"):
+            cells.append(f"{measured[name] / MIB:.0f}")
+            cells += [f"{measured[name] / figures[other][name]:.2f}" if other in figures else "" for other in ("lora", "full")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -157,7 +158,7 @@ def main() -> None:
         "--side", type=int, default=32, help="side of the latents of sd21; 64 is 512 pixels (default: %(default)s)"
     )
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="default: float32")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="of sd21")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="for sd21")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/benchmarks/training_memory.json"), help="default: %(default)s"

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""The UNet of Stable Diffusion 2.1 base: decomposing its 216 linear layers, and training steps of whole transformer blocks.
+"""The UNet of Stable Diffusion 2.1 base: decompositions of its 216 linear layers, and training steps of whole transformer blocks.
 
-Decomposition: cold and from the cache, on weights with random singular vectors that are written to disk beforehand and read
-layer by layer. `--fraction` measures some layers of every shape and extrapolates by the seconds of each.
+Decomposition: without and with the cache, on weights with random singular vectors that are written to disk before and are read
+layer by layer. `--fraction` measures some layers of every shape and extrapolates from the seconds of each shape.
 
-Steps: real transformer blocks at 512 x 512 and batch 1 under CERSA, peft LoRA r = 32 and full fine-tuning, a fresh process each;
-with attention, norms and the input's gradient, which benchmarks/layers.py leaves out: seconds, and the peak of resident memory
-(on a GPU of allocated memory) over what the process had before the weights.
+Steps: real transformer blocks at 512 x 512 and batch 1 with CERSA, peft LoRA (r = 32) and full fine-tuning, each in a new
+process, with attention, norms and the gradient of the input. The figures are seconds, and the peak of the resident memory (on a
+GPU of the allocated memory) minus the memory of the process before the weights. benchmarks/layers.py leaves out attention and
+norms.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from cersa_diffusion.weights.cache import DecompositionCache, leading_factors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 
 METHODS = ("cersa", "lora", "full")
-# Width and tokens of the UNet's transformer blocks.
+# (width, tokens) of the transformer blocks of the UNet.
 BLOCKS = ((320, 4096), (640, 1024), (1280, 256))
 MIB = 2**20
 
@@ -52,14 +53,14 @@ def layer_shapes() -> dict[str, tuple[int, int]]:
 
 
 class Weights:
-    """Weights of any shape in which alpha = .95 keeps one share of the rank; all of one shape have the same spectrum."""
+    """Weights of any shape in which alpha = 0.95 keeps one share of the rank; all weights of a shape have the same spectrum."""
 
     def __init__(self, share: float):
         self.share, self.made = share, 0
         self.originals: dict[tuple[int, int], Tensor] = {}
 
     def next(self, shape: tuple[int, int]) -> Tensor:
-        """Another weight: orthogonal factors are dear, so it is one weight a shape with rows shuffled and signs drawn."""
+        """A new weight: one weight per shape with shuffled rows and random signs; orthogonal factors are slow to compute."""
         generator = torch.Generator().manual_seed(self.made)
         self.made += 1
         if shape not in self.originals:
@@ -71,7 +72,7 @@ class Weights:
 
 
 def in_parallel(jobs: list[LayerJob]) -> float:
-    """Seconds of decomposing as injection does."""
+    """Seconds for the decompositions, computed in parallel as in an injection."""
     start = time.perf_counter()
     with decompose_layers(jobs, show_progress=False) as results:
         for _ in results:
@@ -80,7 +81,7 @@ def in_parallel(jobs: list[LayerJob]) -> float:
 
 
 def one_by_one(jobs: list[LayerJob]) -> float:
-    """Seconds of decomposing one layer after the other, every solver with all threads."""
+    """Seconds for the decompositions of one layer after the other, each with all threads."""
     start = time.perf_counter()
     for job in jobs:
         leading_factors(job.load(), job.choose_rank, None)
@@ -88,16 +89,16 @@ def one_by_one(jobs: list[LayerJob]) -> float:
 
 
 def decomposition(fraction: float, share: float, device: str, serial: bool) -> dict:
-    """Seconds for all layers: cold, cached, and one by one if asked.
+    """Seconds for all layers: cold, cached, and with `serial` also one by one.
 
-    Shapes are timed one after the other, so that a part of the layers of each stands for all of them.
+    The shapes are timed one after the other, so that the figures of some layers of a shape can be extrapolated to all of them.
     """
     shapes, config, weights = layer_shapes(), CersaConfig(alpha=ALPHA), Weights(share)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CERSA_CACHE"] = f"{folder}/cache"
         for shape, count in sorted(Counter(shapes.values()).items(), key=lambda item: math.prod(item[0]) * min(item[0])):
-            names = [name for name, own in shapes.items() if own == shape][: max(1, round(fraction * count))]
+            names = [name for name in shapes if shapes[name] == shape][: max(1, round(fraction * count))]
             path = Path(folder, "weights.safetensors")
             writer = TensorFileWriter(path)
             for name in names:
@@ -115,22 +116,20 @@ def decomposition(fraction: float, share: float, device: str, serial: bool) -> d
             DecompositionCache.default().clear()
             rows.append(row)
             print(f"  {shape[0]:>6} x {shape[1]:<6}{len(names):>4} of {count:<4}cold {row['cold']:.2f} s", flush=True)
-    timings = ("cold", "cached", "cache_bytes") + (("one_by_one",) if serial else ())
-    return {
-        "totals": {what: sum(row[what] * row["layers"] / row["measured"] for row in rows) for what in timings},
-        "shapes": rows,
-    }
+    figures = ("cold", "cached", "cache_bytes") + (("one_by_one",) if serial else ())
+    totals = {name: sum(row[name] * row["layers"] / row["measured"] for row in rows) for name in figures}
+    return {"totals": totals, "shapes": rows}
 
 
 def resident(peak: bool) -> int:
-    """Resident bytes of this process, now or the most since `forget_peak`."""
+    """Resident bytes of this process: the current number, or the peak since `forget_peak`."""
     field = "VmHWM:" if peak else "VmRSS:"
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 def forget_peak(device: str) -> None:
-    """Starts a new peak; what the decomposition has freed does not count."""
+    """Resets the peak, so that memory which the decomposition has freed does not count."""
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -145,7 +144,7 @@ def used(device: str, peak: bool) -> int:
 
 
 def prepared_block(method: str, width: int, share: float, device: str) -> nn.Module:
-    """A transformer block of the UNet with only the method's parameters trainable."""
+    """A transformer block of the UNet, in which only the parameters of the method are trainable."""
     block = BasicTransformerBlock(width, width // 64, 64, cross_attention_dim=1024)
     weights = Weights(share)
     linears = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
@@ -164,7 +163,7 @@ def prepared_block(method: str, width: int, share: float, device: str) -> nn.Mod
 
 
 def one_step(block: nn.Module, width: int, tokens: int, device: str) -> Callable[[], None]:
-    """A training step: forward, backward (also to the input, as inside the UNet), AdamW."""
+    """A training step: forward pass, backward pass (also for the input, as inside the UNet), AdamW."""
     x = torch.randn(1, tokens, width, device=device).requires_grad_()
     prompt = torch.randn(1, 77, 1024, device=device)
     optimizer = torch.optim.AdamW(trainable_parameters(block), 1e-4)
@@ -180,7 +179,7 @@ def one_step(block: nn.Module, width: int, tokens: int, device: str) -> Callable
 
 
 def measure_steps(method: str, width: int, tokens: int, share: float, device: str, repeats: int) -> dict:
-    """Figures of one method on one block, for a fresh process."""
+    """Figures of one method on one block; runs in a new process."""
     before = used(device, peak=False)
     block = prepared_block(method, width, share, device)
     step = one_step(block, width, tokens, device)
@@ -195,7 +194,7 @@ def measure_steps(method: str, width: int, tokens: int, share: float, device: st
 
 
 def steps(share: float, device: str, repeats: int, widths: list[int]) -> list[dict]:
-    """All blocks and methods: CERSA's figures over LoRA's and over full fine-tuning's."""
+    """All blocks and methods: figures of CERSA divided by those of LoRA and of full fine-tuning."""
     rows = []
     for width, tokens in (block for block in BLOCKS if block[0] in widths):
         figures = {}
@@ -203,11 +202,11 @@ def steps(share: float, device: str, repeats: int, widths: list[int]) -> list[di
             case = json.dumps([method, width, tokens, share, device, repeats])
             command = [sys.executable, __file__, "--case", case]
             environment = os.environ | {"CERSA_CACHE": "off"}
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            figures[method] = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            figures[method] = json.loads(process.stdout.splitlines()[-1])
         row = {"width": width, "tokens": tokens, "figures": figures}
         for other in ("lora", "full"):
-            row |= {f"{what}/{other}": figures["cersa"][what] / figures[other][what] for what in ("peak", "step")}
+            row |= {f"{figure}/{other}": figures["cersa"][figure] / figures[other][figure] for figure in ("peak", "step")}
         rows.append(row)
     return rows
 
@@ -219,27 +218,28 @@ def report(results: dict) -> str:
         totals = results["decomposition"]["totals"]
         measured = sum(row["measured"] for row in results["decomposition"]["shapes"])
         layers = sum(row["layers"] for row in results["decomposition"]["shapes"])
-        how = "" if measured == layers else f", extrapolated from {measured}"
-        lines.append(f"decomposing {layers} layers{how}: cold {totals['cold']:.1f} s, cached {totals['cached']:.1f} s")
+        note = "" if measured == layers else f", extrapolated from {measured}"
+        lines.append(f"decomposing {layers} layers{note}: cold {totals['cold']:.1f} s, cached {totals['cached']:.1f} s")
         lines[-1] += f" ({totals['cache_bytes'] / 2**30:.2f} GiB)"
         if "one_by_one" in totals:
-            lines.append(f"one layer after the other, all threads on each: {totals['one_by_one']:.1f} s")
+            lines.append(f"one layer after the other, each with all threads: {totals['one_by_one']:.1f} s")
     if "steps" in results:
-        columns = [f"{what}/{other}" for other in ("lora", "full") for what in ("peak", "step")]
+        columns = [f"{figure}/{other}" for other in ("lora", "full") for figure in ("peak", "step")]
         lines.append(f"{'block':<16}{'cersa MiB':>12}{'cersa s':>10}" + "".join(f"{column:>12}" for column in columns))
         for row in results["steps"]:
-            own = row["figures"]["cersa"]
-            figures = f"{own['peak'] / MIB:>12.0f}{own['step']:>10.3f}" + "".join(f"{row[column]:>12.2f}" for column in columns)
-            lines.append(f"{row['width']:>4} x {row['tokens']:<9}" + figures)
-        lines.append("CERSA over peft LoRA and over full fine-tuning; under 1: CERSA needs less")
+            cersa = row["figures"]["cersa"]
+            figures = f"{cersa['peak'] / MIB:>12.0f}{cersa['step']:>10.3f}"
+            ratios = "".join(f"{row[column]:>12.2f}" for column in columns)
+            lines.append(f"{row['width']:>4} x {row['tokens']:<9}{figures}{ratios}")
+        lines.append("CERSA divided by peft LoRA and by full fine-tuning; below 1: CERSA needs less")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fraction", type=float, default=1.0, help="part of the layers of every shape that is decomposed")
+    parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the layers of every shape to decompose")
     parser.add_argument("--share", type=float, default=0.35, help=f"k/n at alpha = {ALPHA} (default: %(default)s)")
-    parser.add_argument("--serial", action="store_true", help="also one layer after the other, all threads on each")
+    parser.add_argument("--serial", action="store_true", help="also one layer after the other, each with all threads")
     parser.add_argument("--blocks", type=int, nargs="*", default=[b[0] for b in BLOCKS], help="widths to train; none: no steps")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Python puts the folder of the script on its path; the package is one above.
+# Python puts the folder of the script on its path, but the package is in the folder above.
 sys.path[0] = str(REPOSITORY)
 
 AUTH_VARIABLE = "CERSA_APP_AUTH"
@@ -31,15 +31,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--runs-dir",
         type=Path,
         action="append",
-        help="folder of trained runs; may be repeated, new ones go into the first (default: outputs/app and outputs/demo)",
+        help="folder of trained runs; may be repeated; new runs go into the first folder (default: outputs/app and outputs/demo)",
     )
     parser.add_argument(
-        "--base", action="append", default=[], help="a further base: path or hub id of a diffusers checkpoint; may be repeated"
+        "--base", action="append", default=[], help="another base: path or hub id of a diffusers checkpoint; may be repeated"
     )
     parser.add_argument(
         "--clip",
         default=str(REPOSITORY / "assets" / "emoji-clip"),
-        help="folder or hub id of the CLIP that scores (default: the embedded one); 'none': do not score",
+        help="folder or hub id of the CLIP that scores (default: the embedded CLIP); 'none': no scores",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
@@ -48,22 +48,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="a further name that browsers call the page by, such as that of a reverse proxy; may be repeated",
+        help="another name under which browsers open the page, such as the name of a reverse proxy; may be repeated",
     )
     parser.add_argument(
         "--auth",
         action="append",
         default=[],
         metavar="USER:PASSWORD",
-        help="ask for it; may be repeated; everybody on this machine can read it in the list of processes",
+        help="require this login; may be repeated; all users of this machine can read it in the list of processes",
     )
     parser.add_argument(
         "--auth-file",
         type=Path,
-        help=f"file with a line USER:PASSWORD for each user; {AUTH_VARIABLE} in the environment holds such lines as well",
+        help=f"file with a line USER:PASSWORD for each user; the environment variable {AUTH_VARIABLE} may hold such lines, too",
     )
     parser.add_argument("--device", help="where pictures are drawn (default: cuda if there is one)")
-    parser.add_argument("--max-pipelines", type=int, default=4, help="pipelines held in memory at most (default: %(default)s)")
+    parser.add_argument("--max-pipelines", type=int, default=4, help="most pipelines held in memory (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         arguments.auth = read_users(arguments.auth, arguments.auth_file)
@@ -73,18 +73,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_users(pairs: list[str], file: Path | None) -> list[tuple[str, str]]:
-    """Users and passwords of the command line, of a file and of the environment.
+    """Users and passwords from the command line, a file and the environment.
 
     Args:
-        pairs: USER:PASSWORD each.
-        file: with such lines.
+        pairs: texts of the form USER:PASSWORD.
+        file: a file with such lines.
 
     Returns:
         (user, password) pairs.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line that is not USER:PASSWORD, or a file without one.
+        ValueError: a line is not of the form USER:PASSWORD, or the file has no lines.
     """
     sources = {"--auth": pairs, AUTH_VARIABLE: os.environ.get(AUTH_VARIABLE, "").splitlines()}
     if file is not None:
@@ -94,7 +94,7 @@ def read_users(pairs: list[str], file: Path | None) -> list[tuple[str, str]]:
         for number, line in enumerate(lines, start=1):
             user, _, password = line.strip().partition(":")
             if not user or not password:
-                raise ValueError(f"{source}, line {number}: expected USER:PASSWORD, neither of them empty")
+                raise ValueError(f"{source}, line {number}: expected USER:PASSWORD, and neither may be empty")
             users.append((user, password))
     if file is not None and not users:
         raise ValueError(f"--auth-file {file}: expected lines USER:PASSWORD, found none")
@@ -102,12 +102,12 @@ def read_users(pairs: list[str], file: Path | None) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Starts the page and waits."""
+    """Starts the page and waits until it ends."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     work_dir = Path(tempfile.mkdtemp(prefix="cersa-app-"))
     atexit.register(shutil.rmtree, work_dir, ignore_errors=True)
-    # Before Gradio is imported: uploads are kept in a folder of this process alone.
+    # Set before Gradio is imported, so that it keeps uploads in a folder of this process only.
     os.environ["GRADIO_TEMP_DIR"] = str(work_dir / "gradio")
 
     import torch
@@ -129,9 +129,9 @@ def main() -> None:
         )
     )
     if arguments.host not in LOCAL and not arguments.auth:
-        logging.warning("everybody who reaches %s can use this page: add --auth-file", arguments.host)
+        logging.warning("everybody who can reach %s can use this page: add --auth-file", arguments.host)
     print(f"open http://{arguments.host}:{arguments.port} (Ctrl-C to end)", flush=True)
-    # As Ctrl-C: a training that runs writes a checkpoint first.
+    # SIGTERM acts like Ctrl-C, so that a running training writes a checkpoint first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     page = build_page(app)
     serve(

@@ -1,4 +1,4 @@
-"""One comparison: what was asked for, checked, and the pictures of it one after the other."""
+"""One comparison: its settings and their checks, and its pictures, drawn one after the other."""
 
 import json
 import re
@@ -44,19 +44,19 @@ MOST_STEPS, MOST_GUIDANCE, HIGHEST_SEED = 100, 30.0, 2**32 - 1
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison draws: the rows are prompts x seeds, the columns the untouched base or runs.
+    """The settings of a comparison: its rows are prompts x seeds, its columns are the untouched base or runs.
 
     Args:
         base: name of a base.
         columns: `UNTOUCHED` or names of runs.
-        strengths: name of a run -> its strength; 1 where none is given.
+        strengths: name of a run -> its strength; by default 1.
         prompts: the prompts.
-        negative_prompt: what guidance leads away from.
+        negative_prompt: the prompt that guidance moves away from.
         seeds: the seeds, the same for every column.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance.
         scheduler: a key of `SCHEDULERS`.
-        token: the word that stands for the subject, left out when prompts are scored.
+        token: the word that stands for the subject; it is removed from the prompts before they are scored.
     """
 
     base: str
@@ -75,47 +75,47 @@ class Comparison:
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     def check(self, limits: Limits) -> None:
-        """Checks everything but the names.
+        """Checks everything except the names.
 
         Raises:
-            ConfigError: what is wrong, and what to do.
+            ConfigError: a setting cannot be used; the message says what to do.
         """
-        _between("columns", len(self.columns), 1, limits.columns, "choose the base or some runs")
-        _between("prompts", len(self.prompts), 1, limits.prompts, "write one per line")
-        _between("seeds", len(self.seeds), 1, limits.seeds, "write them as 0, 1, 2 or as 0-2")
-        _between("pictures", len(self.rows()) * len(self.columns), 1, limits.drawn, "take fewer prompts, seeds or columns")
-        _between("steps", self.steps, 1, MOST_STEPS)
-        _between("guidance", self.guidance, 0, MOST_GUIDANCE)
+        _check_between("columns", len(self.columns), 1, limits.columns, "choose the base or some runs")
+        _check_between("prompts", len(self.prompts), 1, limits.prompts, "write one per line")
+        _check_between("seeds", len(self.seeds), 1, limits.seeds, "write them as 0, 1, 2 or as 0-2")
+        _check_between("pictures", len(self.rows()) * len(self.columns), 1, limits.drawn, "take fewer prompts, seeds or columns")
+        _check_between("steps", self.steps, 1, MOST_STEPS)
+        _check_between("guidance", self.guidance, 0, MOST_GUIDANCE)
         for text in (*self.prompts, self.negative_prompt, self.token):
-            _between("characters of a prompt", len(text), 0, limits.characters, "shorten it")
+            _check_between("characters of a prompt", len(text), 0, limits.characters, "shorten it")
         for seed in self.seeds:
-            _between("seed", seed, 0, HIGHEST_SEED)
+            _check_between("seed", seed, 0, HIGHEST_SEED)
         for name, strength in self.strengths.items():
-            _between(f"strength of {name}", strength, 0, STRONGEST)
+            _check_between(f"strength of {name}", strength, 0, STRONGEST)
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"scheduler {self.scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
 
     def to_json(self) -> str:
-        """The settings to share: one line of JSON."""
+        """The settings as one line of JSON, to share them."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Comparison":
-        """The inverse of `to_json`; what is left out has its default.
+        """The inverse of `to_json`; missing settings have their defaults.
 
         Raises:
-            ConfigError: not such a text.
+            ConfigError: the text is not such JSON.
         """
         try:
             values = json.loads(text)
-            unknown = set(values) - {each.name for each in fields(cls)}
+            unknown = set(values) - {setting.name for setting in fields(cls)}
             if unknown:
-                raise ConfigError(f"settings: {', '.join(sorted(unknown))} is no setting of a comparison")
+                raise ConfigError(f"settings: {', '.join(sorted(unknown))} is not a setting of a comparison")
             return cls(**{name: _PARSERS[name](value) for name, value in values.items()})
         except ConfigError:
             raise
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"settings: not the JSON that this page gives out ({error})") from error
+            raise ConfigError(f"settings: the text is not JSON as this page writes it ({error})") from error
 
 
 def _texts(value: Sequence[str]) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ _PARSERS = {
 }  # fmt: skip
 
 
-def _between(what: str, value: float, lowest: float, highest: float, remedy: str = "") -> None:
+def _check_between(what: str, value: float, lowest: float, highest: float, remedy: str = "") -> None:
     if not lowest <= value <= highest:
         raise ConfigError(f"{what}: {value}, expected {lowest} to {highest}" + (f": {remedy}" if remedy else ""))
 
@@ -147,20 +147,20 @@ def parse_seeds(text: str, most: int) -> tuple[int, ...]:
     """Seeds written as "0, 1, 5" or "0-3".
 
     Args:
-        text: what was typed.
-        most: how many there may be.
+        text: the text of the field.
+        most: largest number of seeds.
 
     Raises:
-        ConfigError: something else, or more of them.
+        ConfigError: the text has another form, or there are too many seeds.
     """
     seeds: list[int] = []
-    for part in re.split(r"[\s,;]+", text.strip()):
-        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part, re.ASCII)
+    for number_or_range in re.split(r"[\s,;]+", text.strip()):
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", number_or_range, re.ASCII)
         if not match:
             raise ConfigError(f"seeds: {text.strip()[:40]!r}, expected numbers such as 0, 1, 2 or a range such as 0-3")
         first, last = int(match[1]), int(match[2] or match[1])
         if len(seeds) + last - first + 1 > most:
-            raise ConfigError(f"seeds: {text.strip()[:40]!r} are more than {most}: take fewer")
+            raise ConfigError(f"seeds: {text.strip()[:40]!r} has more than {most} seeds: take fewer")
         seeds += range(first, last + 1)
     return tuple(dict.fromkeys(seeds))
 
@@ -173,9 +173,9 @@ class Drawn:
         row: number of the row.
         column: number of the column.
         picture: RGB.
-        seconds: that drawing took, without loading.
-        score: CLIPScore with its prompt, 0 to 100; None without a scorer.
-        memory: bytes of all weights of the pipeline; on a GPU the most that was allocated while drawing.
+        seconds: time of the drawing, without loading.
+        score: CLIPScore with its prompt, 0 to 100; None without a CLIP.
+        memory: bytes of all weights of the pipeline; on a GPU the peak of the allocated bytes during the drawing.
     """
 
     row: int
@@ -187,12 +187,12 @@ class Drawn:
 
 
 class Scorer:
-    """CLIPScore of single pictures by the package's own function; the CLIP is loaded when it is first needed.
+    """CLIPScore of single pictures by the function of the package; the CLIP is loaded at the first score.
 
     Args:
-        clip: folder or hub id; None: nothing is scored.
+        clip: folder or hub id of the CLIP; None: pictures are not scored.
         device: where it computes.
-        loading: is held while the model is loaded (see `PipelineStore`).
+        loading: lock that is held while the model is loaded (see `PipelineStore`).
     """
 
     def __init__(self, clip: str | None, device: str, loading: AbstractContextManager):
@@ -203,7 +203,7 @@ class Scorer:
         """CLIPScore, 0 to 100; None without a CLIP."""
         if self.clip is None:
             return None
-        # Imported here: the extra `score` may not be installed, and the page works without.
+        # Imported here, because the page also works without the extra `score`.
         from cersa_diffusion.metrics.clip_models import TransformersClip
         from cersa_diffusion.metrics.clipscore import clipscore_torchmetrics
 
@@ -215,41 +215,41 @@ class Scorer:
 
 
 def draw(comparison: Comparison, base: Base, runs: Sequence[Run | None], store: PipelineStore, scorer: Scorer) -> Iterator[Drawn]:
-    """The pictures of a comparison, column by column, each as soon as it is finished.
+    """Yields the pictures of a comparison, column by column, each as soon as it is finished.
 
     Args:
-        comparison: checked.
+        comparison: the checked settings.
         base: the base.
-        runs: of the columns; None for the untouched base.
-        store: where pipelines come from.
-        scorer: for CLIPScore.
+        runs: runs of the columns; None for the untouched base.
+        store: gives the pipelines.
+        scorer: gives the CLIPScore.
     """
     for column, run in enumerate(runs):
         strength = None if run is None else comparison.strengths.get(run.name, 1.0)
         for row, (prompt, seed) in enumerate(comparison.rows()):
-            # One lease per picture: between two of them others may draw, and a visitor may leave.
+            # One lease per picture, so that others can draw between two pictures, and a visitor can leave.
             with store.lease(base, run) as pipeline:
                 if run is not None and run.has_strength:
                     set_strength(pipeline, run, strength)
-                yielded = _draw_one(pipeline, comparison, row, column, prompt, seed)
-            yield replace(yielded, score=scorer.score(yielded.picture, without_token(prompt, comparison.token)))
+                drawn = _draw_one(pipeline, comparison, row, column, prompt, seed)
+            yield replace(drawn, score=scorer.score(drawn.picture, without_token(prompt, comparison.token)))
 
 
 def draw_sweep(
     comparison: Comparison, base: Base, run: Run, store: PipelineStore, scorer: Scorer, strengths: Sequence[float] = SWEEP
 ) -> Iterator[Drawn]:
-    """The first row of a comparison by one adapter at several strengths, which are the columns.
+    """Yields the pictures of the first row of a comparison, by one adapter with a strength per column.
 
     Args:
-        comparison: checked.
+        comparison: the checked settings.
         base: the base.
         run: the adapter.
-        store: where pipelines come from.
-        scorer: for CLIPScore.
+        store: gives the pipelines.
+        scorer: gives the CLIPScore.
         strengths: the strengths.
 
     Raises:
-        ConfigError: a result without a strength.
+        ConfigError: the run has no strength.
     """
     if not run.has_strength:
         raise ConfigError(f"{run.name} is a fully fine-tuned model, which has no strength: choose a CERSA or LoRA run")
@@ -260,7 +260,7 @@ def draw_sweep(
 
 
 def set_strength(pipeline: DiffusionPipeline, run: Run, strength: float) -> None:
-    """Sets the strength of the one adapter that a run's pipeline carries."""
+    """Sets the strength of the adapter in the pipeline of a run."""
     if issubclass(METHODS[run.method], CersaMethod):
         names = {name for names in pipeline.get_list_cersa_adapters().values() for name in names}
         pipeline.set_cersa_adapters(sorted(names), strength)

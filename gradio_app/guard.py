@@ -1,4 +1,4 @@
-"""What the server refuses before Gradio sees it."""
+"""Refuses requests before Gradio sees them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from gradio_app.hosts import Hosts
 from gradio_app.private_folder import PrivateFolder
 from gradio_app.settings import Limits
 
-# All that the page and `gradio_client` ask for. Gradio has more: proxies, other hubs, its editor, its statistics.
+# The routes that the page and `gradio_client` use. Gradio has further routes, for proxies, other hubs, its editor and statistics.
 ROUTES = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|login|logout)?/?"
     r"|/(assets|static|svelte)/.+"
@@ -29,11 +29,11 @@ FILE_ROUTE, UPLOAD_ROUTE, LOGIN_ROUTE = "/gradio_api/file=", "/gradio_api/upload
 
 
 class Refusal(Exception):
-    """Why a request is not let through.
+    """The refusal of a request.
 
     Args:
-        status: of HTTP.
-        text: what the visitor is told.
+        status: HTTP status.
+        text: message for the visitor.
     """
 
     def __init__(self, status: int, text: str):
@@ -42,14 +42,14 @@ class Refusal(Exception):
 
 
 class Guard:
-    """ASGI middleware: lets through what the page needs, from where the page is, within its limits.
+    """ASGI middleware that accepts only requests which the page needs, which come from the page, and which are within its limits.
 
     Args:
-        app: what comes behind.
+        app: the application that gets the accepted requests.
         hosts: the names of this server.
-        folder: where uploads lie.
-        places: for drawings.
-        limits: of one request.
+        folder: the folder of the uploads.
+        places: the limit of waiting drawings.
+        limits: limits of one request.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, folder: PrivateFolder, places: DrawingPlaces, limits: Limits):
@@ -69,7 +69,7 @@ class Guard:
             else:
                 await self.app(scope, _limited(receive, self.limits.json_bytes), send)
         except Refusal as refusal:
-            # Gradio's page shows the detail of a refused event, and the whole text of a refused upload.
+            # The page of Gradio shows the detail of a refused event, but the whole text of a refused upload.
             upload = _is_route(scope, UPLOAD_ROUTE)
             answer = PlainTextResponse(refusal.text) if upload else JSONResponse({"detail": refusal.text})
             answer.status_code = refusal.status
@@ -81,19 +81,19 @@ class Guard:
             raise Refusal(403, reason)
         path = scope["path"]
         if not ROUTES.fullmatch(path):
-            raise Refusal(404, "there is no such thing here")
+            raise Refusal(404, "this page does not exist")
         target = unquote(unquote(path.removeprefix(FILE_ROUTE)))
         if path.startswith(FILE_ROUTE) and not self.folder.gives_out(target):
-            raise Refusal(403, "this server gives out its own downloads alone, and fetches nothing from elsewhere")
+            raise Refusal(403, "this server sends only its own downloads, and fetches nothing from other servers")
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         upload = _is_route(scope, UPLOAD_ROUTE)
         most = self.limits.request_bytes if upload else self.limits.json_bytes
         length = dict(scope["headers"]).get(b"content-length", b"")
         if upload and not length.isdigit():
-            raise Refusal(411, "an upload has to say its length")
+            raise Refusal(411, "an upload needs the header Content-Length")
         if length.isdigit() and int(length) > most:
-            raise Refusal(413, f"at most {most / 2**20:.0f} MiB in one request")
+            raise Refusal(413, f"a request may have at most {most / 2**20:.0f} MiB")
         if upload:
             await self._receive_upload(int(length), scope, _limited(receive, int(length)), send)
         elif _is_route(scope, LOGIN_ROUTE):
@@ -116,7 +116,7 @@ class Guard:
         if not isinstance(body, dict):
             raise Refusal(400, "expected a JSON object")
         if not all(self.folder.holds_upload(path) for path in _file_paths(body)):
-            raise Refusal(403, "a file of this request is not among the uploads, or not any more: upload it again")
+            raise Refusal(403, "a file of this request is not among the uploads, or was removed: upload it again")
         try:
             with self.places.entering(scope["path"], body):
                 await self.app(scope, _replayed(content, receive), send)
@@ -129,7 +129,7 @@ def _is_route(scope: Scope, route: str) -> bool:
 
 
 def _file_paths(body: dict) -> Iterator[str]:
-    """The paths of all that Gradio takes for a file in a request: it would fetch an address that stands there."""
+    """The paths of everything that Gradio treats as a file in a request; if a path were an address, it would fetch it."""
     values: list = [body]
     while values:
         value = values.pop()
@@ -147,13 +147,13 @@ async def _whole_body(receive: Receive, most_bytes: int) -> bytes:
         message = await receive()
         content += message.get("body", b"")
         if len(content) > most_bytes:
-            raise Refusal(413, f"at most {most_bytes / 2**20:.0f} MiB in one request")
+            raise Refusal(413, f"a request may have at most {most_bytes / 2**20:.0f} MiB")
         if not message.get("more_body", False):
             return content
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read already, and then what else comes: that the visitor leaves."""
+    """Gives a body that was already read, and then the further messages, such as the disconnect of the visitor."""
     messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def replayed() -> Message:
@@ -163,7 +163,7 @@ def _replayed(content: bytes, receive: Receive) -> Receive:
 
 
 def _limited(receive: Receive, most_bytes: int) -> Receive:
-    """Ends a body that has more bytes than it said, as if the visitor had left."""
+    """Ends a body that has more bytes than announced, as if the visitor had disconnected."""
     received = 0
 
     async def limited() -> Message:

@@ -1,4 +1,4 @@
-"""What the Inspect tab shows of a base: spectra, ranks, and memory against alpha, all from the package's own plans."""
+"""The figures of a base in the Inspect tab: spectra, ranks, and memory against alpha, all from the plans of the package."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ from cersa_diffusion.memory.budget import TargetLayer, survey
 from cersa_diffusion.memory.cost import cersa_memory
 from cersa_diffusion.memory.plot import plot_plan
 
-# Figures are drawn to files, from threads that have no display.
+# The figures are written to files by threads without a display.
 matplotlib.use("agg")
 ALPHAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
 WIDTH, HEIGHT = 9.0, 4.2
 
 
 def plan_of(pipeline: DiffusionPipeline, alpha: float, lora_rank: int) -> MemoryPlan:
-    """The plan of a base: all linear layers of its UNet, the attention of its text encoders.
+    """The plan of a base, for all linear layers of its UNet and the attention of its text encoders.
 
     Args:
         pipeline: the untouched base, leased.
-        alpha: share of energy that is kept.
-        lora_rank: of the LoRA beside it.
+        alpha: share of the energy to keep.
+        lora_rank: rank of the LoRA in the comparison.
     """
     components, configs = _targets(pipeline, alpha)
     return plan_memory(components, configs, lora_rank=lora_rank, weight_dtype=torch.float32, show_progress=False)
@@ -57,21 +57,21 @@ def surveyed(pipeline: DiffusionPipeline) -> list[TargetLayer]:
 
 
 def draw_ranks(plan: MemoryPlan, path: Path) -> None:
-    """Writes the figure of `cersa plan --plot`: ranks by layer at five alphas and as planned, and compression."""
+    """Writes the figure of `cersa plan --plot`: ranks by layer for five alphas and for the plan, and compression."""
     plot_plan(plan, path)
 
 
 def draw_spectra(plan: MemoryPlan, kind: str, alpha: float, path: Path) -> None:
-    """Writes the energy that the leading components of the layers of a kind hold.
+    """Writes the figure of the energy in the leading components, and of the singular values, for the layers of a kind.
 
     Args:
-        plan: of the base.
-        kind: "component kind", as `MemoryPlan.by_kind` names it.
-        alpha: is marked.
+        plan: plan of the base.
+        kind: "component kind", a key of `MemoryPlan.by_kind`.
+        alpha: the alpha to mark.
         path: PNG file.
 
     Raises:
-        ConfigError: no layers of this kind.
+        ConfigError: there are no layers of this kind.
     """
     layers = plan.by_kind().get(kind)
     if layers is None:
@@ -93,10 +93,10 @@ def draw_spectra(plan: MemoryPlan, kind: str, alpha: float, path: Path) -> None:
 
 
 def memory_by_alpha(layers: list[TargetLayer]) -> dict[float, int]:
-    """Alpha -> bytes of the target layers in training under CERSA with AdamW, saved activations left out.
+    """Alpha -> bytes of the target layers in a training with CERSA and AdamW, without saved activations.
 
     Args:
-        layers: of `surveyed`.
+        layers: as `surveyed` returns them.
     """
     sizes = {}
     for alpha in ALPHAS:
@@ -109,12 +109,12 @@ def memory_by_alpha(layers: list[TargetLayer]) -> dict[float, int]:
 
 
 def draw_memory(plan: MemoryPlan, sizes: dict[float, int], alpha: float, path: Path) -> None:
-    """Writes the figure of memory against alpha, beside LoRA and full fine-tuning of the same layers.
+    """Writes the figure of memory against alpha, with LoRA and full fine-tuning of the same layers.
 
     Args:
-        plan: at `alpha`.
-        sizes: of `memory_by_alpha`.
-        alpha: is marked.
+        plan: the plan for `alpha`.
+        sizes: as `memory_by_alpha` returns them.
+        alpha: the alpha to mark.
         path: PNG file.
     """
     totals = plan.totals()["target_layers"]

@@ -1,4 +1,4 @@
-"""Trainings, one at a time: a queue with places, what each one has done so far, cancelling and resuming."""
+"""The queue of trainings, which runs one at a time: places, progress, cancelling and resuming."""
 
 import secrets
 import shutil
@@ -20,31 +20,31 @@ from cersa_diffusion.training.run.result import RESULT_FILE
 from gradio_app.messages import Messages
 from gradio_app.worker import Ending, new_stop, run_training
 
-# "elsewhere": ended here, and another process trains it now.
+# "elsewhere": the job has ended here, and another process trains the run now.
 State = Literal["queued", "running", "finished", "stopped", "failed", "elsewhere"]
 ENDED = ("finished", "stopped", "failed", "elsewhere")
-# Finished jobs are remembered by their runs; their curves and previews are not kept for ever.
+# Finished jobs stay available as runs; only so many ended jobs keep their curves and previews.
 MOST_REMEMBERED = 20
 MOST_PREVIEWS = 12
 
 
 @dataclass
 class Job:
-    """A training and what it has done; changed by the queue alone, under its lock.
+    """A training and its progress; only the queue changes it, under its lock.
 
     Args:
-        name: of the run, as the library lists it.
+        name: name of the run in the library.
         config: its settings.
-        state: where it is.
-        step: optimizer steps done.
+        state: its state.
+        step: number of finished optimizer steps.
         losses: (step, loss).
         previews: (step, pictures).
-        description: what the trainer says before the first step.
+        description: output of the trainer before the first step.
         message: why it ended.
-        cancelled: whether its end was asked for.
+        cancelled: whether a visitor has cancelled it.
         speed: pictures per second.
-        peak_memory: bytes.
-        stop: what stops its process.
+        peak_memory: peak memory in bytes.
+        stop: flag that stops its process.
     """
 
     name: str
@@ -62,11 +62,11 @@ class Job:
 
     @property
     def resumable(self) -> bool:
-        """Whether it ended early and left a checkpoint."""
+        """Whether the training ended early and has a checkpoint."""
         return self.state in ("stopped", "failed") and bool(list_checkpoints(Path(self.config.output_dir)))
 
     def seen(self) -> "Job":
-        """A copy, with what other processes have done to its run since it ended here."""
+        """A copy, updated with the work of other processes on its run since it ended here."""
         copy = replace(self, losses=list(self.losses), previews=list(self.previews))
         if self.state not in ("stopped", "failed"):
             return copy
@@ -80,11 +80,11 @@ class Job:
 
 
 class JobQueue:
-    """Runs one training after the other, each in its own process; what becomes of one leaves the others alone.
+    """Runs one training after the other, each in its own process; a failed training does not affect the others.
 
     Args:
         messages: turns errors into texts.
-        most_waiting: jobs that wait.
+        most_waiting: largest number of waiting jobs.
     """
 
     def __init__(self, messages: Messages, most_waiting: int):
@@ -97,13 +97,13 @@ class JobQueue:
 
     @contextmanager
     def changes(self) -> Iterator[None]:
-        """A context for changing a job; everybody who looks afterwards sees another `version`."""
+        """A context for a change of a job; it increases `version`, so that every page sees the change."""
         with self._condition:
             self.version += 1
             yield
 
     def restore(self, unfinished: Mapping[str, DreamBoothConfig]) -> None:
-        """Lists runs that an earlier process left behind, to be resumed.
+        """Adds unfinished runs of an earlier process, so that they can be resumed.
 
         Args:
             unfinished: name -> settings.
@@ -111,23 +111,23 @@ class JobQueue:
         with self.changes():
             for name, config in unfinished.items():
                 step = _saved_step(Path(config.output_dir))
-                message = f"interrupted; its last checkpoint is of step {step}"
+                message = f"interrupted; its last checkpoint is from step {step}"
                 self._jobs.setdefault(name, Job(name, config, "stopped", step=step, message=message))
 
     def check_room(self) -> None:
-        """Refuses where too many wait already.
+        """Refuses another training if too many are waiting.
 
         Raises:
             ConfigError: the queue is full.
         """
         if len(self._waiting) >= self._most_waiting:
-            raise ConfigError(f"{len(self._waiting)} trainings are waiting already: try again when one of them is done")
+            raise ConfigError(f"{len(self._waiting)} trainings are already waiting: try again when one of them is done")
 
     def submit(self, name: str, config: DreamBoothConfig) -> None:
-        """Puts a training at the end of the queue.
+        """Adds a training to the end of the queue.
 
         Args:
-            name: of the run, not in use.
+            name: a new name for the run.
             config: its settings.
 
         Raises:
@@ -139,28 +139,30 @@ class JobQueue:
             self._enqueue(name)
 
     def resume(self, name: str) -> None:
-        """Lets a training that was stopped or has failed go on from its last checkpoint.
+        """Adds a stopped or failed training to the queue again; it continues from its last checkpoint.
 
         Raises:
-            ConfigError: no such training, nothing to go on from, or the queue is full.
+            ConfigError: there is no such training, it cannot be resumed, or the queue is full.
         """
         with self.changes():
             job = self.job(name)
             seen = job.seen()
             if seen.state == "elsewhere":
-                raise ConfigError(f"{name} cannot be resumed here: {seen.message}, wait for its end")
+                raise ConfigError(f"{name} cannot be resumed here: {seen.message}; wait until it ends")
             if not seen.resumable:
-                raise ConfigError(f"{name} is {seen.state} and cannot be resumed: only what ended early with a checkpoint can")
+                raise ConfigError(
+                    f"{name} is {seen.state} and cannot be resumed: choose a training that ended early and has a checkpoint"
+                )
             self.check_room()
             job.config = replace(job.config, resume_from_checkpoint="latest")
             job.state, job.cancelled, job.message, job.stop = "queued", False, "", new_stop()
             self._enqueue(name)
 
     def cancel(self, name: str) -> None:
-        """Takes a training out of the queue, or asks it to stop after its step, with a checkpoint.
+        """Removes a training from the queue, or stops it after its current step with a checkpoint.
 
         Raises:
-            ConfigError: no such training, or it is not going on.
+            ConfigError: there is no such training, or it has ended.
         """
         with self.changes():
             job = self.job(name)
@@ -174,10 +176,10 @@ class JobQueue:
                     shutil.rmtree(job.config.output_dir, ignore_errors=True)
 
     def job(self, name: str) -> Job:
-        """The job of a name.
+        """The job with this name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such job.
         """
         with self._condition:
             if name not in self._jobs:
@@ -185,10 +187,10 @@ class JobQueue:
             return self._jobs[name]
 
     def jobs(self) -> list[tuple[Job, int | None]]:
-        """Copies of all jobs with the place of those that wait (1 is next), the newest last."""
+        """Copies of all jobs, the newest last; waiting jobs with their place in the queue (1 is next), others with None."""
         with self._condition:
-            places = {name: number for number, name in enumerate(self._waiting, start=1)}
-            return [(job.seen(), places.get(job.name)) for job in self._jobs.values()]
+            queue_places = {name: place for place, name in enumerate(self._waiting, start=1)}
+            return [(job.seen(), queue_places.get(job.name)) for job in self._jobs.values()]
 
     def _enqueue(self, name: str) -> None:
         self._waiting.append(name)
@@ -212,26 +214,26 @@ class JobQueue:
 
     def _run(self, job: Job) -> Ending:
         try:
-            return run_training(job.config, self._messages, job.stop, lambda kind, facts: self._note(job, kind, facts))
-        except Exception as error:  # whatever happens, the next in the queue gets its turn
+            return run_training(job.config, self._messages, job.stop, lambda kind, data: self._record(job, kind, data))
+        except Exception as error:  # after any error the next training in the queue has to start
             return Ending("failed", self._messages.text(error))
 
-    def _note(self, job: Job, kind: str, facts) -> None:
+    def _record(self, job: Job, kind: str, data) -> None:
         with self.changes():
             if kind == "start":
-                job.step, job.description = facts
+                job.step, job.description = data
             elif kind == "step":
-                job.step = facts.step
-                job.losses.append((facts.step, facts.loss))
-                job.speed, job.peak_memory = facts.pictures_per_second, facts.peak_memory
+                job.step = data.step
+                job.losses.append((data.step, data.loss))
+                job.speed, job.peak_memory = data.pictures_per_second, data.peak_memory
             elif kind == "preview":
-                job.previews = [*job.previews, facts][-MOST_PREVIEWS:]
+                job.previews = [*job.previews, data][-MOST_PREVIEWS:]
 
     def close(self, seconds: float = 60.0) -> None:
-        """Stops the training that runs, with a checkpoint, and waits for that; those that wait are forgotten.
+        """Stops the running training and waits for its checkpoint; removes the waiting trainings from the queue.
 
         Args:
-            seconds: to wait at most.
+            seconds: longest time to wait.
         """
         with self.changes():
             self._waiting.clear()
@@ -251,17 +253,17 @@ class JobQueue:
 
 
 def _saved_step(folder: Path) -> int:
-    """The step of the last checkpoint of a run; 0: it has none."""
+    """The step of the last checkpoint of a run; 0 if it has no checkpoint."""
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1][0] if checkpoints else 0
 
 
 def new_name(method: str, taken: Iterable[str]) -> str:
-    """A name for a run that is not taken: the method and a few random letters; nothing that a visitor wrote.
+    """A new name for a run: the method and random letters, and no text of a visitor.
 
     Args:
         method: a key of `METHODS`.
-        taken: names in use.
+        taken: names that are in use.
     """
     taken = set(taken)
     while (name := f"{method}-{secrets.token_hex(3)}") in taken:

@@ -1,6 +1,6 @@
-"""The bases and runs that the page offers: those in the folders it was started with, and nothing else.
+"""The bases and runs that the page offers: only those in the folders that were given at its start.
 
-What a visitor sends is only ever looked up among the names listed here; it never becomes a part of a path.
+A name that a visitor sends is only looked up among the names listed here; it never becomes a part of a path.
 """
 
 import json
@@ -23,7 +23,7 @@ from cersa_diffusion.training.run.result import RESULT_FILE
 from cersa_diffusion.training.settings.file import SETTINGS_FILE, read_settings
 
 PIPELINE_FILE = "model_index.json"
-# A runs folder, a folder of runs in it, a run.
+# A run lies in the runs folder or in a folder of the runs folder.
 DEPTH = 2
 _log = logging.getLogger(__name__)
 
@@ -38,15 +38,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Run:
-    """A result that a column can draw with.
+    """A finished training whose result can be a column.
 
     Args:
-        name: what the page shows, and what it is looked up by.
+        name: name in the page and for look-ups.
         method: a key of `METHODS`.
-        weights_path: file or folder that `load_result` opens.
-        base_name: of the base it belongs to; None: any, loading finds out.
-        prompt: what it was trained on, if that is known.
-        facts: of the training, from its result file.
+        weights_path: file or folder for `load_result`.
+        base_name: name of its base; None if only loading can show whether it fits a base.
+        prompt: prompt of the training, if it is known.
+        facts: content of the result file of the training.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def has_strength(self) -> bool:
-        """Whether a strength can be chosen: an adapter has one, a fully fine-tuned model has not."""
+        """Whether a strength can be chosen: an adapter has a strength, a fully fine-tuned model does not."""
         return self.method != "full"
 
     @property
@@ -68,17 +68,17 @@ class Run:
 
     @property
     def training_bytes(self) -> int | None:
-        """Weights, gradients and optimizer state while it was trained, if that is known."""
-        parts = [self.facts.get(name) for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes")]
-        return None if None in parts else sum(parts)
+        """Bytes of weights, gradients and optimizer state in the training, if they are known."""
+        sizes = [self.facts.get(name) for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes")]
+        return None if None in sizes else sum(sizes)
 
 
 class Library:
-    """What is in the folders, looked at anew whenever it is asked.
+    """The content of the folders, which is read again at every call.
 
     Args:
-        models_dirs: each a pipeline, or a folder of pipelines.
-        runs_dirs: folders with results below them.
+        models_dirs: folders that are a pipeline or contain pipelines.
+        runs_dirs: folders that contain results.
         bases: further bases by path or hub id.
     """
 
@@ -87,20 +87,20 @@ class Library:
 
     def bases(self) -> dict[str, Base]:
         """Name -> base."""
-        found: dict[str, Base] = {}
+        bases: dict[str, Base] = {}
         for folder in self.models_dirs:
             for path in (folder, *sorted(folder.glob("*/"))):
                 if (path / PIPELINE_FILE).is_file() and _only_safetensors(path):
-                    _add(found, path.resolve().name, str(path.resolve()))
+                    _add_base(bases, path.resolve().name, str(path.resolve()))
         for source in self.given:
-            _add(found, Path(source).resolve().name if os.path.isdir(source) else source, source)
-        return found
+            _add_base(bases, Path(source).resolve().name if os.path.isdir(source) else source, source)
+        return bases
 
     def base(self, name: str) -> Base:
-        """The base of a name.
+        """The base with this name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such base.
         """
         bases = self.bases()
         if name not in bases:
@@ -118,23 +118,23 @@ class Library:
         return runs
 
     def unfinished(self) -> dict[str, DreamBoothConfig]:
-        """Name -> settings of the runs that have no result: with a checkpoint, to be resumed, or in training elsewhere."""
-        found = {}
+        """Name -> settings of the runs without a result that have a checkpoint or are trained by another process."""
+        configs = {}
         for name, folder in self._folders(SETTINGS_FILE):
             if (folder / RESULT_FILE).exists() or not (list_checkpoints(folder) or training_process(folder)):
                 continue
             try:
-                found[name] = _read_config(folder)
+                configs[name] = _read_config(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s is not offered to be resumed: %s", folder, error)
-        return found
+                _log.warning("%s cannot be resumed: %s", folder, error)
+        return configs
 
     def _folders(self, marker: str) -> Iterator[tuple[str, Path]]:
-        labels = _different([runs_dir.name for runs_dir in self.runs_dirs])
+        labels = _unique_names([runs_dir.name for runs_dir in self.runs_dirs])
         for number, runs_dir in enumerate(self.runs_dirs):
             for depth in range(1, DEPTH + 1):
                 for path in sorted(runs_dir.glob("/".join(["*"] * depth + [marker]))):
-                    # A link that leads out of the folder is not in the folder.
+                    # The target of a link has to be in the folder, too.
                     if path.resolve().is_relative_to(runs_dir.resolve()):
                         name = path.parent.relative_to(runs_dir).as_posix()
                         yield (f"{labels[number]}: {name}" if number else name), path.parent
@@ -149,18 +149,18 @@ def _read_config(folder: Path) -> DreamBoothConfig:
 
 def _read_run(name: str, folder: Path, names: dict[str, str]) -> Run | None:
     try:
-        facts = json.loads((folder / RESULT_FILE).read_text())
+        result = json.loads((folder / RESULT_FILE).read_text())
         settings = read_settings(folder / SETTINGS_FILE)
-        method, source = facts["method"], settings["pretrained_model_name_or_path"]
-        # Not the recorded path: folders are moved, and a file's word is no reason to read elsewhere.
+        method, source = result["method"], settings["pretrained_model_name_or_path"]
+        # The recorded path is not used: folders may be moved, and a file must not make the server read in other folders.
         weights = folder / _result_name(method)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s is not offered: %s", folder, error)
+        _log.warning("%s cannot be a column: %s", folder, error)
         return None
     usable = weights.exists() and weights.resolve().is_relative_to(folder.resolve()) and _only_safetensors(weights)
     if not usable or _identity(source) not in names:
         return None
-    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], facts)
+    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], result)
 
 
 def _result_name(method: str) -> str:
@@ -174,18 +174,19 @@ def _identity(source: str) -> str:
 
 
 def _only_safetensors(path: Path) -> bool:
-    """Whether nothing in a file or folder would be opened as a pickle."""
+    """Whether no file would be opened as a pickle."""
     pickles = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
     return path.suffix not in pickles and not any(file.suffix in pickles for file in path.glob("*/*"))
 
 
-def _different(names: list[str]) -> list[str]:
-    """The names, those that came before with a number."""
+def _unique_names(names: list[str]) -> list[str]:
+    """The names, with a number added to every repeated name."""
     return [f"{name} {names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
-def _add(found: dict[str, Base], name: str, source: str) -> None:
-    if any(base.source == source for base in found.values()):
+def _add_base(bases: dict[str, Base], name: str, source: str) -> None:
+    if any(base.source == source for base in bases.values()):
         return
-    unique = next(each for each in (name, *(f"{name} ({number})" for number in range(2, 1000))) if each not in found)
-    found[unique] = Base(unique, source)
+    candidates = (name, *(f"{name} ({number})" for number in range(2, 1000)))
+    unique = next(candidate for candidate in candidates if candidate not in bases)
+    bases[unique] = Base(unique, source)

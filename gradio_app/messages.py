@@ -1,4 +1,4 @@
-"""Errors as messages in the page: what a visitor can use, nothing of the server's inside."""
+"""Errors as messages in the page; they tell a visitor what to do and show nothing of the inside of the server."""
 
 import functools
 import html
@@ -17,18 +17,18 @@ class Messages:
     """Turns exceptions into texts without the folders of the machine.
 
     Args:
-        hidden: folder -> what messages say instead of it.
+        hidden: folder -> the text that replaces it in messages.
     """
 
     def __init__(self, hidden: dict[Path, str]):
         paths = {str(form): name for path, name in hidden.items() for form in (path, path.absolute(), path.resolve())}
-        # The longest first: folders may lie in each other. Relative ones like "." would match anything.
+        # The longest path comes first, because folders may be nested. Relative paths such as "." would match any text.
         self._hidden = sorted(
             ((path, name) for path, name in paths.items() if Path(path).is_absolute()), key=lambda pair: -len(pair[0])
         )
 
     def text(self, error: BaseException) -> str:
-        """What the page says about an error; the whole of an unexpected one goes to the server's log."""
+        """The message for an error; the details of an unexpected error go to the log of the server."""
         if not isinstance(error, CersaError):
             _log.error("unexpected error", exc_info=error)
             return f"Something went wrong inside the server ({type(error).__name__}); its log has the details."
@@ -41,11 +41,11 @@ class Messages:
         return text
 
     def streamed(self, function: Callable, others: int) -> Callable:
-        """A stream whose first output says what went wrong; the caller of an endpoint gets the error as well.
+        """A stream whose first output shows an error; the caller of an endpoint also gets the error.
 
         Args:
             function: a generator function of tuples.
-            others: outputs beside the first; they stay as they are when it raises.
+            others: number of its other outputs; they do not change when it raises.
         """
 
         @functools.wraps(function)
@@ -59,11 +59,11 @@ class Messages:
         return stream
 
     def noted(self, function: Callable, others: int) -> Callable:
-        """A function with one more output: a note about what went wrong, empty where nothing did.
+        """A function with one more output: a note with the error, empty without an error.
 
         Args:
             function: returns a sequence of values.
-            others: number of its outputs; they stay as they are when it raises.
+            others: number of its outputs; they do not change when it raises.
         """
 
         @functools.wraps(function)
@@ -76,13 +76,13 @@ class Messages:
         return call
 
     def note(self, error: Exception) -> str:
-        """An error as HTML, to stand beside a button."""
+        """An error as HTML for the line beside a button."""
         return f'<p role="alert">{html.escape(self.text(error))}</p>'
 
     def _as_message(self, error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):
             return error
-        # Gradio shows messages as HTML, and ours quote what visitors typed.
+        # Gradio shows messages as HTML, and these messages quote text from visitors.
         return gr.Error(html.escape(self.text(error)), duration=15, print_exception=False)
 
 

@@ -1,4 +1,4 @@
-"""The page as a whole: its tabs, its look, and how it is served."""
+"""The whole page: its tabs, its look, and its server."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +16,21 @@ from gradio_app.tabs.train import TrainTab
 
 INTRODUCTION = """# CERSA
 Personalise a text-to-image model inside the principal subspace of its layers, and see it beside LoRA and full fine-tuning."""
-# No fonts or scripts from elsewhere: the page works without a network, and nobody is told that it was opened.
+# No fonts or scripts from other servers: the page works without a network, and no other server learns that it was opened.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
-    # The stock grey of hints is too light to be read.
+    # The default grey of hints is too light to read.
     block_info_text_color="*neutral_600",
     body_text_color_subdued="*neutral_600",
 )
-# Seconds between two looks for old uploads and downloads.
+# Seconds between two searches for old uploads and downloads.
 CACHE_SECONDS = 600
 
 
 def build_page(app: App) -> gr.Blocks:
-    """The page.
+    """The page with its tabs.
 
     Args:
-        app: what is behind it.
+        app: the parts behind the page.
     """
     with gr.Blocks(
         title="CERSA",
@@ -47,7 +47,7 @@ def build_page(app: App) -> gr.Blocks:
             with gr.Tab("Inspect", id="inspect"):
                 InspectTab(app)
         train_tab.select(train.show_plan, train.inputs, train.plan, show_progress="hidden", api_visibility="private")
-        # A finished training is a column at once, in every open page.
+        # A finished training becomes a column of every open page at once.
         train.timer.tick(
             compare.refresh_columns,
             [compare.known_runs, compare.fields.base, compare.fields.columns, compare.uploaded],
@@ -56,7 +56,7 @@ def build_page(app: App) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-        # Outside the queue: the page opens, whatever visitors have asked for.
+        # Outside the queue, so that the page opens even if the queue is full.
         page.load(
             compare.from_address,
             compare.uploaded,
@@ -81,22 +81,22 @@ def serve(
     """Starts the server.
 
     Args:
-        page: of `build_page`.
-        app: what is behind it.
+        page: as `build_page` returns it.
+        app: the parts behind the page.
         host: address to listen on.
-        port: its port; None: a free one.
-        auth: (user, password) pairs; empty: everybody who reaches the address.
-        allowed_hosts: further names that the page is called by, such as that of a reverse proxy.
+        port: port to listen on; None: any free port.
+        auth: (user, password) pairs; if empty, no login is required.
+        allowed_hosts: further names under which browsers open the page, such as the name of a reverse proxy.
         block: wait until the server ends.
 
     Returns:
-        The application, its local address and its public one, as Gradio's `launch` does.
+        The application, its local address and its public address, as `launch` of Gradio returns them.
     """
     limits = app.settings.limits
     guard = Middleware(
         Guard, hosts=Hosts(host, allowed_hosts), folder=app.folder, places=DrawingPlaces(page, limits), limits=limits
     )
-    # Drawings have a bound of their own below that of the queue, and nothing goes past the queue.
+    # The limit of drawings is below the limit of the queue, and no event can bypass the queue.
     return page.queue(default_concurrency_limit=2, max_size=3 * limits.drawings, api_open=False).launch(
         server_name=host,
         server_port=port,
@@ -104,12 +104,12 @@ def serve(
         prevent_thread_lock=not block,
         theme=THEME,
         css=(Path(__file__).parent / "style.css").read_text(),
-        # Nothing but what the page itself has put into its cache is served.
+        # The server sends only files that the page itself has put into its cache.
         allowed_paths=[],
         blocked_paths=[str(path) for path in (*app.settings.models_dirs, *app.settings.runs_dirs)],
         max_file_size=limits.adapter_bytes,
         app_kwargs={"middleware": [guard]},
-        # Neither calls of the hub with the operator's token, nor statistics of all visitors for everybody.
+        # No calls of the hub with the token of the operator, and no public statistics about visitors.
         run_history=False,
         enable_monitoring=False,
         show_error=False,

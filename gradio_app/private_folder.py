@@ -1,4 +1,4 @@
-"""The private folder for uploads and downloads: bounded, and emptied of what nobody asks for any more."""
+"""The private folder for uploads and downloads; its size is limited, and old files are removed."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from pathlib import Path
 from cersa_diffusion.errors import ConfigError
 from gradio_app.settings import Limits
 
-# Gradio gives out a copy that it makes at once; the download itself may go soon.
+# Gradio makes a copy at once and sends this copy, so the file of a download can be removed soon.
 COPIED_SECONDS = 600
 
 
 class PrivateFolder:
-    """What visitors have sent, and what was made for them to download.
+    """The files that visitors have uploaded, and the files that they can download.
 
     Args:
-        folder: of this process alone.
-        limits: `private_bytes`, `free_bytes` and `kept_seconds`.
+        folder: a folder of this process only.
+        limits: its `private_bytes`, `free_bytes` and `kept_seconds` are used.
     """
 
     def __init__(self, folder: Path, limits: Limits):
@@ -30,18 +30,18 @@ class PrivateFolder:
         self._lock = threading.Lock()
 
     def holds_upload(self, path: str) -> bool:
-        """Whether a path is that of an uploaded file that is still here."""
+        """Whether a path is an uploaded file that still exists."""
         return self.gives_out(path) and Path(path).is_file()
 
     def gives_out(self, path: str) -> bool:
-        """Whether a path lies in the folder that Gradio keeps uploads in, and copies of downloads."""
+        """Whether a path is in the folder in which Gradio keeps uploads and copies of downloads."""
         try:
             return Path(path).resolve().is_relative_to(self.uploads.resolve())
         except (OSError, ValueError):
             return False
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Removes uploads that were used; nothing outside the folder of uploads."""
+        """Removes used uploads; paths outside the folder of uploads are ignored."""
         for path in paths:
             if self.holds_upload(path):
                 Path(path).unlink(missing_ok=True)
@@ -51,10 +51,10 @@ class PrivateFolder:
         """A context in which an upload is received.
 
         Args:
-            size: bytes that it says to have.
+            size: the announced size in bytes.
 
         Raises:
-            ConfigError: there is no room.
+            ConfigError: there is no room for the upload.
         """
         with self._lock:
             self.forget_old()
@@ -63,7 +63,7 @@ class PrivateFolder:
             if used + self._announced + size > self.limits.private_bytes:
                 raise ConfigError(
                     f"the uploads of all visitors take {used / 2**20:.0f} of {self.limits.private_bytes / 2**20:.0f} MiB: "
-                    f"try again later, unused ones are removed after {self.limits.kept_seconds / 3600:g} hours"
+                    f"try again later; unused uploads are removed after {self.limits.kept_seconds / 3600:g} hours"
                 )
             self._announced += size
         try:
@@ -77,45 +77,45 @@ class PrivateFolder:
         return sum(size for _, size, _ in self._files())
 
     def forget_old(self) -> None:
-        """Removes uploads and downloads that are old; adapters stay as long as their visitors."""
+        """Removes old uploads and downloads; the adapters of a visitor stay until the visitor leaves."""
         now = time.time()
         for path, _, changed in self._files():
             if path.is_relative_to(self.adapters):
                 continue
-            kept = COPIED_SECONDS if path.is_relative_to(self.downloads) else self.limits.kept_seconds
-            if changed < now - kept:
+            kept_seconds = COPIED_SECONDS if path.is_relative_to(self.downloads) else self.limits.kept_seconds
+            if changed < now - kept_seconds:
                 path.unlink(missing_ok=True)
                 if path.parent != self.uploads:
-                    with suppress(OSError):  # another file is in it
+                    with suppress(OSError):  # the folder may contain another file
                         path.parent.rmdir()
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
-        """(path, bytes, seconds of the last change of its name or content)."""
+        """(path, size in bytes, time of the last change of the name or the content in seconds)."""
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = Path(parent, name)
                 try:
-                    found = path.stat()
+                    status = path.stat()
                 except FileNotFoundError:
-                    continue  # another thread was faster
-                yield path, found.st_size, found.st_ctime
+                    continue  # another thread has removed it
+                yield path, status.st_size, status.st_ctime
 
 
 def check_free(folder: Path, size: int, limits: Limits) -> None:
-    """Refuses a file that would leave too little room on a disk.
+    """Refuses a file that would leave too little free space on a disk.
 
     Args:
-        folder: where it will lie; it need not exist.
-        size: bytes.
-        limits: `free_bytes`.
+        folder: folder for the file; it does not need to exist.
+        size: size in bytes.
+        limits: its `free_bytes` is used.
 
     Raises:
-        ConfigError: naming what is free and what is needed.
+        ConfigError: there is too little space; the message gives the free and the required space.
     """
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if free - size < limits.free_bytes:
         raise ConfigError(
-            f"the server's disk has {free / 2**20:.0f} MiB free, expected {(size + limits.free_bytes) / 2**20:.0f} for this: "
-            "its operator has to make room"
+            f"the disk of the server has {free / 2**20:.0f} MiB free, expected {(size + limits.free_bytes) / 2**20:.0f} MiB: "
+            "the operator of the server has to free space"
         )

@@ -1,4 +1,4 @@
-"""What the operator decides when the page is started: folders, address, limits."""
+"""Settings of the operator at the start of the page: folders, models and limits."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,27 +6,27 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may ask for; everything beyond is refused with a message.
+    """The limits of requests; a request beyond a limit is refused with a message.
 
     Args:
-        fewest_pictures, most_pictures: of an upload to train on.
-        picture_bytes: of one uploaded picture.
-        picture_pixels: of one uploaded picture, before anything of it is decoded.
-        adapter_bytes: of one uploaded adapter.
-        request_bytes: of one upload, all its files together.
-        json_bytes: of one request without files.
-        visitor_bytes: of the adapters of one visitor.
-        private_bytes: of all uploads and downloads together.
-        free_bytes: stay free on a disk that uploads are written to.
-        kept_seconds: uploads and downloads are removed when they are older; adapters stay as long as their visitors.
-        columns: of a comparison.
-        prompts, seeds: of a comparison; their product is its rows.
-        drawn: pictures of one comparison.
-        characters: of a prompt.
-        train_steps: of one training.
-        queued_jobs: trainings that wait.
-        drawings_per_visitor: drawings of one visitor, the one that runs and those that wait.
-        drawings: of all visitors, likewise.
+        fewest_pictures, most_pictures: number of pictures of a training.
+        picture_bytes: bytes of one uploaded picture.
+        picture_pixels: pixels of one uploaded picture, checked before it is decoded.
+        adapter_bytes: bytes of one uploaded adapter.
+        request_bytes: bytes of all files of one upload together.
+        json_bytes: bytes of one request without files.
+        visitor_bytes: bytes of all adapters of one visitor.
+        private_bytes: bytes of all uploads and downloads together.
+        free_bytes: bytes that stay free on a disk with uploads.
+        kept_seconds: age at which uploads and downloads are removed; the adapters of a visitor stay until the visitor leaves.
+        columns: number of columns of a comparison.
+        prompts, seeds: number of prompts and of seeds of a comparison; their product is the number of its rows.
+        drawn: number of pictures of a comparison.
+        characters: number of characters of a prompt.
+        train_steps: number of steps of a training.
+        queued_jobs: number of waiting trainings.
+        drawings_per_visitor: number of running and waiting drawings of one visitor.
+        drawings: number of running and waiting drawings of all visitors.
     """
 
     fewest_pictures: int = 3
@@ -53,17 +53,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class AppSettings:
-    """How the page was started.
+    """The settings of the page.
 
     Args:
         models_dirs: folders whose pipelines are offered as bases.
-        runs_dirs: folders whose trained runs are offered; new ones go into the first.
+        runs_dirs: folders whose trained runs are offered; new runs go into the first folder.
         bases: further bases, by path or hub id.
         clip: folder or hub id of the CLIP that scores; None: pictures are not scored.
-        work_dir: a private folder for uploads and downloads, emptied at the end.
-        max_pipelines: pipelines that are held in memory at most.
-        device: where pictures are drawn.
-        limits: see there.
+        work_dir: a private folder for uploads and downloads, removed at the end.
+        max_pipelines: largest number of pipelines in memory.
+        device: device that draws the pictures.
+        limits: the limits of requests.
     """
 
     models_dirs: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""What all tabs of the page share."""
+"""The objects that all tabs of the page share."""
 
 import secrets
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class App:
     """The parts behind the page, one of each for all visitors.
 
     Args:
-        settings: how the page was started.
-        folder: uploads and downloads.
-        library: bases and runs.
-        store: pipelines in memory.
-        scorer: CLIPScore.
-        jobs: trainings.
-        messages: errors as texts.
+        settings: the settings of the page.
+        folder: the uploads and downloads.
+        library: the bases and runs.
+        store: the pipelines in memory.
+        scorer: gives the CLIPScore.
+        jobs: the trainings.
+        messages: turns errors into texts.
     """
 
     settings: AppSettings
@@ -36,10 +36,10 @@ class App:
     messages: Messages
 
     def place(self, name: str) -> Path:
-        """A new private place for a file that a visitor is to get; Gradio copies it into its own cache.
+        """A new private path for a file that a visitor can download; Gradio copies the file into its own cache.
 
         Args:
-            name: of the file.
+            name: name of the file.
         """
         folder = self.folder.downloads / secrets.token_hex(8)
         folder.mkdir(parents=True)
@@ -48,7 +48,7 @@ class App:
 
     @classmethod
     def of(cls, settings: AppSettings) -> "App":
-        """Everything that the settings come to; what was interrupted before can be resumed."""
+        """The parts for these settings; trainings that were interrupted earlier can be resumed."""
         library = Library(settings.models_dirs, settings.runs_dirs, settings.bases)
         hidden = {settings.work_dir: "uploads"}
         hidden |= {folder: f"models/{folder.name}" for folder in settings.models_dirs}

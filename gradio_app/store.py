@@ -1,4 +1,4 @@
-"""Pipelines in memory: loaded once, shared by all visitors, at most so many, one visitor at a time in each."""
+"""Pipelines in memory: loaded once, limited in number, shared by all visitors, and each used by one visitor at a time."""
 
 import threading
 import weakref
@@ -24,36 +24,36 @@ class _Entry:
 
 
 class PipelineStore:
-    """The least recently used pipelines that nobody is using make room for others.
+    """Holds pipelines; if it is full, it removes the least recently used pipelines that are not in use.
 
-    The models of a pipeline are never changed after loading: parts that are equal to the base's (the autoencoder, a text encoder
-    that was not trained) are one object in all pipelines.
+    The models of a pipeline are never changed after loading, so components that are equal to those of the base (the autoencoder,
+    a text encoder that was not trained) are one object in all pipelines.
 
     Args:
-        capacity: most pipelines at once.
-        device: where they are.
+        capacity: largest number of pipelines at once.
+        device: device of the pipelines.
     """
 
     def __init__(self, capacity: int, device: str = "cpu"):
         self.capacity, self.device = max(1, capacity), device
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._changed = threading.Condition()
-        # Loading changes, for a moment, how modules are made in the whole process: never two at once, whatever they load.
+        # Loading temporarily changes how modules are created in the whole process, so two loads must not run at the same time.
         self.loading = threading.RLock()
         self._shared: weakref.WeakValueDictionary[tuple[str, str], nn.Module] = weakref.WeakValueDictionary()
 
     @contextmanager
     def lease(self, base: Base, run: Run | None = None) -> Iterator[DiffusionPipeline]:
-        """A pipeline for one visitor alone; waits while others have it, or while all that are held are in use.
+        """A pipeline for one visitor only; waits while others use it, or while all held pipelines are in use.
 
-        Never keep it across a `yield` of a stream: a visitor who leaves would keep it for ever.
+        Do not keep a lease across a `yield` of a stream: if the visitor leaves, the lease would never end.
 
         Args:
             base: the base.
-            run: what to load on it; None: the untouched base.
+            run: the run to load on the base; None: the untouched base.
 
         Raises:
-            CersaError: it cannot be loaded.
+            CersaError: the pipeline cannot be loaded.
         """
         key = _key(base, run)
         entry = self._enter(key)
@@ -71,7 +71,7 @@ class PipelineStore:
                 self._changed.notify_all()
 
     def held(self) -> int:
-        """How many pipelines are held."""
+        """The number of pipelines in memory."""
         return len(self._entries)
 
     def _enter(self, key: tuple) -> _Entry:
@@ -102,15 +102,15 @@ class PipelineStore:
             if not isinstance(module, nn.Module):
                 continue
             module.requires_grad_(False)
-            known = self._shared.get((base.source, name))
-            if known is not None and _equal(known, module):
-                pipeline.register_modules(**{name: known})
-            elif known is None and (untouched or name == "vae"):
+            shared = self._shared.get((base.source, name))
+            if shared is not None and _same_weights(shared, module):
+                pipeline.register_modules(**{name: shared})
+            elif shared is None and (untouched or name == "vae"):
                 self._shared[base.source, name] = module
 
 
 def weight_bytes(pipeline: DiffusionPipeline) -> int:
-    """Bytes of all weights of a pipeline, each tensor once."""
+    """Bytes of all weights of a pipeline; each tensor counts once."""
     models = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
     tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -119,10 +119,10 @@ def weight_bytes(pipeline: DiffusionPipeline) -> int:
 def _key(base: Base, run: Run | None) -> tuple:
     if run is None:
         return (base.source, None, None)
-    # A run that was trained anew under the same name is another one.
+    # A run that was trained again under the same name gets another key.
     return (base.source, str(run.weights_path), run.weights_path.stat().st_mtime_ns)
 
 
-def _equal(first: nn.Module, second: nn.Module) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(tensor.cpu(), b[name].cpu()) for name, tensor in a.items())
+def _same_weights(first: nn.Module, second: nn.Module) -> bool:
+    state, other = first.state_dict(), second.state_dict()
+    return state.keys() == other.keys() and all(torch.equal(state[name].cpu(), other[name].cpu()) for name in state)

@@ -1,4 +1,4 @@
-"""From the form of the Train tab to the settings of a run, and what it would take in memory."""
+"""The form of the Train tab, the settings of its run, and the memory plan of this run."""
 
 import copy
 import textwrap
@@ -21,31 +21,31 @@ from cersa_diffusion.training.run.memory import memory_table, planned_memory
 from gradio_app.settings import Limits
 
 NO_PRESET = "none"
-# Characters in a line of the plan.
+# Characters per line of the plan.
 PLAN_WIDTH = 48
 PRESET_CHOICES = [NO_PRESET, *PRESETS]
-# Of the rates tried on the embedded base (README names them) the better ones; the text encoder learns at a tenth.
+# The better of the rates that were tried on the embedded base (see README); the text encoder has a tenth of the rate.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "pissa": 3e-4, "dora": 1e-3, "svfit": 1e-2, "svft": 1e-2, "full": 3e-4}
 RANKED = ("lora", "pissa", "dora")
 CLASS_PICTURES = 24
-# (base, pictures, resolution) -> what its layers are given in a step.
-_COUNTED: dict[tuple[str, int, int], dict] = {}
+# (base, pictures, resolution) -> number of tokens that each layer gets in a step.
+_TOKEN_COUNTS: dict[tuple[str, int, int], dict] = {}
 
 
 @dataclass(frozen=True)
 class TrainForm:
-    """What the form says.
+    """The values of the form.
 
     Args:
         base: name of a base.
         method: a key of `METHODS`.
         preset: a key of `PRESETS`, or `NO_PRESET`.
-        alpha, beta: shares of energy, for CERSA; beta at or above alpha trains all that is kept.
-        memory_budget: "600MB" or empty; decides instead of alpha.
-        rank: of LoRA and its kin.
-        instance_prompt: names the subject.
-        class_prompt: names its class, for prior preservation; may be empty.
-        preview_prompt: of the previews; empty: the prompt of the subject.
+        alpha, beta: shares of energy, for CERSA; with beta at or above alpha, the whole kept subspace is trained.
+        memory_budget: such as "600MB"; replaces alpha and beta; may be empty.
+        rank: rank of LoRA, PiSSA and DoRA.
+        instance_prompt: prompt that names the subject.
+        class_prompt: prompt that names its class, for prior preservation; may be empty.
+        preview_prompt: prompt of the previews; if empty, the prompt of the subject.
         steps, learning_rate, batch_size, seed: as in `DreamBoothConfig`.
     """
 
@@ -65,10 +65,10 @@ class TrainForm:
     seed: int = 0
 
     def check(self, limits: Limits) -> None:
-        """Checks what the settings of a run do not check themselves.
+        """Checks the values that the settings of a run do not check themselves.
 
         Raises:
-            ConfigError: what is wrong.
+            ConfigError: a value cannot be used.
         """
         if self.method not in METHODS or self.preset not in PRESET_CHOICES:
             raise ConfigError(f"method {self.method!r} with preset {self.preset!r}: choose both from the lists")
@@ -87,15 +87,15 @@ class TrainForm:
             pipeline: the base, for its family and the size of its pictures.
             source: folder or hub id of the base.
             output_dir: folder of the run; the pictures are in its folder "pictures".
-            limits: what may be asked for.
+            limits: the limits of requests.
 
         Raises:
-            ConfigError: what is wrong.
+            ConfigError: a value cannot be used.
         """
         self.check(limits)
         preset = PRESETS.get(self.preset, {})
         if preset.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
-            raise ConfigError(f"preset {self.preset} computes in float16, which needs a GPU: choose another")
+            raise ConfigError(f"preset {self.preset} computes in float16, which needs a GPU: choose another preset")
         return self._config(pipeline, source, output_dir, preset)
 
     def _config(self, pipeline: DiffusionPipeline, source: str, output_dir: Path, preset: Mapping) -> DreamBoothConfig:
@@ -141,15 +141,15 @@ class TrainForm:
         return settings
 
     def plan(self, pipeline: DiffusionPipeline, source: str, limits: Limits) -> str:
-        """What the training keeps in memory, beside LoRA and full fine-tuning, as a table.
+        """The memory plan of the training, with LoRA and full fine-tuning, as a table.
 
         Args:
             pipeline: the untouched base, leased.
             source: folder or hub id of the base.
-            limits: what may be asked for.
+            limits: the limits of requests.
 
         Raises:
-            ConfigError: settings that cannot work.
+            ConfigError: the settings cannot be used.
         """
         self.check(limits)
         config = self._config(pipeline, source, Path("planned"), PRESETS.get(self.preset, {}))
@@ -166,15 +166,15 @@ class TrainForm:
 
 
 def _tokens(pipeline: DiffusionPipeline, source: str, pictures: int, resolution: int) -> dict:
-    # Not lru_cache: that would keep the pipelines in memory.
+    # lru_cache is not used, because it would keep the pipelines in memory.
     key = (source, pictures, resolution)
-    if key not in _COUNTED:
-        _COUNTED[key] = pipeline_tokens(_countable(pipeline), pictures, resolution)
-    return _COUNTED[key]
+    if key not in _TOKEN_COUNTS:
+        _TOKEN_COUNTS[key] = pipeline_tokens(_copy_with_shared_weights(pipeline), pictures, resolution)
+    return _TOKEN_COUNTS[key]
 
 
-def _countable(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy that shares the weights: counting puts hooks on layers that others may be drawing with."""
+def _copy_with_shared_weights(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy for the count of tokens, which adds hooks to layers with which others may be drawing."""
     copied = copy.copy(pipeline)
     for name, model in family_of(type(pipeline).__name__).components(pipeline).items():
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -183,5 +183,5 @@ def _countable(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def native_size(pipeline: DiffusionPipeline) -> int:
-    """Width and height in pixels of the pictures that a base was made for."""
+    """Width and height in pixels of the pictures for which a base was trained."""
     return family_of(type(pipeline).__name__).native_resolution(pipeline)

@@ -1,4 +1,4 @@
-"""Files from visitors: checked before anything of them is decoded, kept under names that the page chooses."""
+"""Files from visitors: checked before they are decoded, and kept under names that the page chooses."""
 
 import secrets
 import warnings
@@ -13,24 +13,25 @@ from cersa_diffusion.pictures import load_picture, picture_fault
 from gradio_app.private_folder import check_free
 from gradio_app.settings import Limits
 
-# Decoders of rare formats are where image libraries break.
+# Only common formats, because faults of image libraries are mostly in the decoders of rare formats.
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
 
 
 def save_pictures(paths: Sequence[str], folder: Path, limits: Limits) -> list[Path]:
-    """Writes uploaded pictures anew, as 00.png, 01.png, ...: upright, 8 bit, without metadata.
+    """Writes copies of uploaded pictures as 00.png, 01.png, ...: upright, 8 bit, without metadata.
 
     Args:
-        paths: where the uploads lie.
-        folder: is made; nothing is left of it when a picture is refused.
-        limits: number, bytes and pixels.
+        paths: paths of the uploads.
+        folder: folder to create; it is not created if a picture is refused.
+        limits: limits of number, bytes and pixels.
 
     Returns:
         The files.
 
     Raises:
-        ConfigError: too few, too many, too large, or not a picture (the message names it by its number), or no room.
+        ConfigError: there are too few or too many pictures, a file is too large or not a picture (the message gives its number),
+            or there is no space on the disk.
     """
     if not limits.fewest_pictures <= len(paths) <= limits.most_pictures:
         raise ConfigError(f"{len(paths)} pictures: expected {limits.fewest_pictures} to {limits.most_pictures}")
@@ -52,7 +53,7 @@ def _check_picture(path: Path, name: str, limits: Limits) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # Reads the header alone.
+            # This reads only the header.
             with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
@@ -61,7 +62,7 @@ def _check_picture(path: Path, name: str, limits: Limits) -> None:
         width = height = Image.MAX_IMAGE_PIXELS
     if width * height > limits.picture_pixels:
         raise ConfigError(
-            f"{name} has more than {limits.picture_pixels / 1e6:g} million pixels when it is opened: make it smaller"
+            f"{name} has more than {limits.picture_pixels / 1e6:g} million pixels when it is decoded: make it smaller"
         )
     fault = picture_fault(path)
     if fault is not None:
@@ -72,58 +73,58 @@ def read_upload(path: str, limits: Limits) -> AdapterFile:
     """Reads and checks an uploaded adapter.
 
     Args:
-        path: where the upload lies.
-        limits: its size.
+        path: path of the upload.
+        limits: limit of its size.
 
     Raises:
-        ConfigError: not a .safetensors file, or too large.
-        AdapterFormatError: not an adapter, or damaged.
+        ConfigError: the file is not a .safetensors file, or it is too large.
+        AdapterFormatError: the file is not an adapter, or it is damaged.
     """
     file = Path(path)
     if file.suffix.lower() != ".safetensors":
-        raise ConfigError(f"{shown_name(path)}: expected a .safetensors file, nothing else is opened")
+        raise ConfigError(f"{shown_name(path)}: expected a .safetensors file; other files are not opened")
     size = file.stat().st_size
     if size > limits.adapter_bytes:
         raise ConfigError(f"{shown_name(path)} has {size / 2**20:.0f} MiB, expected at most {limits.adapter_bytes / 2**20:.0f}")
     try:
         return read_adapter_file(file)
     except AdapterFormatError as error:
-        # The visitor knows the file by its name, not by where the server keeps it.
+        # The visitor knows the name of the file, and not its path on the server.
         raise AdapterFormatError(str(error).replace(path, shown_name(path))) from error
 
 
 def check_share(path: str, held: Sequence[Path], limits: Limits) -> None:
-    """Refuses an adapter beyond what one visitor may keep.
+    """Refuses an adapter if the adapters of its visitor become too large.
 
     Args:
-        path: where the upload lies.
-        held: the adapters that this visitor has.
-        limits: `visitor_bytes`.
+        path: path of the upload.
+        held: the adapters that this visitor already has.
+        limits: its `visitor_bytes` is used.
 
     Raises:
-        ConfigError: naming what is held.
+        ConfigError: the adapters are too large; the message gives their size.
     """
     size = sum(file.stat().st_size for file in (Path(path), *held))
     if size > limits.visitor_bytes:
         raise ConfigError(
             f"with {shown_name(path)} your adapters have {size / 2**20:.0f} MiB, expected at most "
-            f"{limits.visitor_bytes / 2**20:.0f}: open the page anew to start without them"
+            f"{limits.visitor_bytes / 2**20:.0f}: open the page again to start without them"
         )
 
 
 def keep(path: str, folder: Path) -> Path:
-    """Moves a checked upload to a name of the page's own.
+    """Moves a checked upload to a new random name, and returns its path.
 
     Args:
-        path: where the upload lies.
+        path: path of the upload.
         folder: a private folder on the same disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f"{secrets.token_hex(8)}.safetensors"
-    Path(path).rename(kept)
-    return kept
+    new_path = folder / f"{secrets.token_hex(8)}.safetensors"
+    Path(path).rename(new_path)
+    return new_path
 
 
 def shown_name(path: str) -> str:
-    """What messages call an upload: the last part of its name, short."""
+    """The name of an upload in messages: the last part of its path, shortened."""
     return Path(path).name[:60]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Build the embedded models: a tiny text-to-image base, a CLIP that scores it, and a subject to learn.
 
-The stages run one after the other; a finished stage is not repeated, and an interrupted one goes on from its last
-checkpoint. Delete a stage's folder below the work folder to train it again. On a machine that does other work, set
-GOMP_SPINCOUNT=2000, or the threads of a training step wait for each other in busy loops.
+The stages run one after the other; a finished stage is not repeated, and an interrupted stage continues from its last
+checkpoint. Delete the folder of a stage below the work folder to train it again. On a machine that does other work, set
+GOMP_SPINCOUNT=2000; otherwise the threads of a training step wait for each other in busy loops.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STAGES = {
     "tokenizer": "a byte-pair tokenizer over all names",
     "autoencoder": "pictures to latents and back",
     "clip": "the model that scores pictures",
-    "vit": "the model that names a picture's group, for classification",
+    "vit": "the model that names the group of a picture, for classification",
     "text": "warm-up of the base's text encoder",
     "diffusion": "the denoiser together with the text encoder",
     "export": "model folders, cards, sample sheet and subjects",
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build/embedded_base", help="checkpoints and pictures")
     parser.add_argument("--assets-dir", type=Path, default=ROOT / "assets", help="where the results go")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
-    steps = parser.add_argument_group("length of the training; the defaults are what the shipped models had")
+    steps = parser.add_argument_group("length of the training; the defaults are those of the shipped models")
     for stage, default, batch in (
         ("autoencoder", 3000, 16),
         ("first-clip", 3200, 128),
@@ -59,13 +59,13 @@ def parse_arguments() -> argparse.Namespace:
         ("first-diffusion", 1550, 64),
         ("diffusion", 3300, 64),
     ):
-        note = f"steps of {batch} samples (default: %(default)s)"
-        steps.add_argument(f"--{stage}-steps", type=int, default=default, help=note)
+        text = f"steps of {batch} samples (default: %(default)s)"
+        steps.add_argument(f"--{stage}-steps", type=int, default=default, help=text)
     return parser.parse_args()
 
 
 def stage_functions(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """What each stage calls.
+    """The function of each stage.
 
     Args:
         arguments: The command line.

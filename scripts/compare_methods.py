@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Compares methods of fine-tuning: trains all, each at its own best learning rate and with several seeds, and writes one report.
+"""Compares methods of fine-tuning: trains each at its own best learning rate with several seeds, and writes one report.
 
-docs/comparing.md says what a study file holds, benchmarks/study_emoji.toml is one. The same command again goes on where the last
-one ended.
+docs/comparing.md describes study files; benchmarks/study_emoji.toml is an example. The same command continues a comparison that
+was interrupted.
 """
 
 import argparse
@@ -25,20 +25,20 @@ def parse_arguments() -> argparse.Namespace:
         "--engine", choices=list(ENGINES), default="process", help="ray: several cells at once, on several machines"
     )
     changes = parser.add_argument_group("instead of what the study says")
-    changes.add_argument("--subjects", nargs="+", metavar="NAME", help="only these")
-    changes.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and the base; 'matched': those of matched memory")
-    changes.add_argument("--seeds", type=int, help="trainings of every row and subject")
-    changes.add_argument("--steps", type=int, help="training steps")
+    changes.add_argument("--subjects", nargs="+", metavar="NAME", help="only these subjects")
+    changes.add_argument("--rows", nargs="+", metavar="NAME", help="the base and these; 'matched': the rows of matched memory")
+    changes.add_argument("--seeds", type=int, help="number of trainings for each row and subject")
+    changes.add_argument("--steps", type=int, help="number of training steps")
     matched = changes.add_mutually_exclusive_group()
     matched.add_argument("--lora_rank", type=int, help="matched memory: CERSA gets the bytes of LoRA with this rank")
-    matched.add_argument("--memory_budget", help="matched memory: LoRA and CERSA get at most this, such as 80MB")
+    matched.add_argument("--memory_budget", help="matched memory: largest memory of LoRA and of CERSA, such as 80MB")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    # As Ctrl-C: the cell that is being trained writes its checkpoint.
+    # SIGTERM acts like Ctrl-C: the cell that is being trained writes its checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         engine = find_engine(arguments.engine)
@@ -55,7 +55,7 @@ def main() -> None:
     except CersaError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
     print(f"{table}\n\nopen {arguments.output / 'report.html'}; table.csv, table.json, costs.csv and pictures/ are beside it")
 

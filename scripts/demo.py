@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: one subject learned from five pictures by CERSA, LoRA and full fine-tuning; a picture and a table of all three."""
+"""The demo: CERSA, LoRA and full fine-tuning learn one subject from five pictures; writes a picture and a table of all three."""
 
 import argparse
 import json
@@ -32,12 +32,12 @@ from cersa_diffusion.training.run.result import RESULT_FILE
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
 SUBJECTS = REPOSITORY / "assets" / "subjects"
-# Of the rates tried (README names them) the better ones; the text encoder learns at a tenth.
+# The better of the rates that were tried (see README); the text encoder has a tenth of the rate.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
 ALPHA, RANK = 0.95, 32
 SEEDS = range(4)
-# In the folder of every demo: what has it may be emptied.
+# A file in the folder of every demo; only a folder with this file may be emptied.
 MARKER = ".cersa-demo"
 
 
@@ -47,20 +47,20 @@ def parse_arguments() -> argparse.Namespace:
         "--output",
         type=Path,
         default=Path("outputs/demo"),
-        help="folder for everything; an earlier demo in it is replaced unless --redraw",
+        help="folder for all files; an earlier demo in it is replaced, except with --redraw",
     )
     names = sorted(path.name for path in SUBJECTS.iterdir())
-    parser.add_argument("--subject", choices=names, default="fluent-robot", help="what is learned")
-    parser.add_argument("--steps", type=int, default=300, help="training steps per method")
-    parser.add_argument("--redraw", action="store_true", help="keep the trained runs of the folder, only draw and score again")
+    parser.add_argument("--subject", choices=names, default="fluent-robot", help="subject to learn")
+    parser.add_argument("--steps", type=int, default=300, help="number of training steps per method")
+    parser.add_argument("--redraw", action="store_true", help="keep the trained runs, and only draw and score again")
     return parser.parse_args()
 
 
 def clear_output(folder: Path) -> None:
-    """Makes the folder of the demo, or removes an earlier demo from it.
+    """Creates the folder of the demo, or removes an earlier demo from it.
 
     Raises:
-        ConfigError: it is a file, or holds anything and was not made by the demo; nothing is touched then.
+        ConfigError: the path is a file, or a folder with files that the demo has not made; nothing is changed.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output: {folder} is a file, expected a folder")
@@ -69,19 +69,19 @@ def clear_output(folder: Path) -> None:
     if entries and not (folder / MARKER).is_file():
         raise ConfigError(
             f"--output: {folder} is not empty and was not made by this demo (it has no file {MARKER}): choose a new folder, or "
-            "empty it yourself"
+            "empty this folder yourself"
         )
-    # The marker stays: a demo that is stopped while it removes files can be started again.
+    # The marker is not removed, so that a demo which was stopped while it removed files can be started again.
     (folder / MARKER).write_text("The demo made this folder and empties it when it is started again.\n")
     for path in entries:
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def train(method: str, subject: dict, output: Path, steps: int) -> None:
-    """Trains one method through the command line a user has; every picture has its caption in the subject's folder."""
+    """Trains one method with the command line of a user; every picture has its caption in the folder of the subject."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
-        # Left to itself, accelerate gives a process on a CPU a single thread.
+        # By default accelerate gives a process on a CPU a single thread.
         "--num_cpu_threads_per_process", str(os.cpu_count()), "--mixed_precision", "no", "--dynamo_backend", "no",
         str(REPOSITORY / "scripts" / "train_dreambooth_cersa.py"),
         "--pretrained_model_name_or_path", str(BASE), "--method", method,
@@ -97,20 +97,20 @@ def train(method: str, subject: dict, output: Path, steps: int) -> None:
 
 
 def read_results(output: Path) -> dict[str, dict]:
-    """What the trained runs of a demo took: label -> result.
+    """Label -> result of the trained runs of a demo.
 
     Raises:
-        ConfigError: a method was not trained, or not to its end.
+        ConfigError: the training of a method is missing or unfinished.
     """
     paths = {title: output / method / RESULT_FILE for method, title in TITLES.items()}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
-        raise ConfigError(f"--redraw needs trained runs, and there is no {', '.join(missing)}: leave --redraw out to train them")
+        raise ConfigError(f"--redraw needs trained runs, but there is no {', '.join(missing)}: leave --redraw out to train them")
     return {title: json.loads(path.read_text()) for title, path in paths.items()}
 
 
 def truncated_base() -> StableDiffusionPipeline:
-    """The base cut to its principal subspaces, not trained: what CERSA starts from."""
+    """The base truncated to its principal subspaces and not trained, as at the start of CERSA."""
     pipeline = load_base(str(BASE))
     for name, targets in STABLE_DIFFUSION.trained.items():
         inject_cersa(getattr(pipeline, name), CersaConfig(alpha=ALPHA, target_modules=targets), show_progress=False)
@@ -118,7 +118,7 @@ def truncated_base() -> StableDiffusionPipeline:
 
 
 def columns(subject: dict) -> list[tuple[str, str]]:
-    """(title, prompt) of the picture's columns: backgrounds, the held-back expressions, and prompts without the subject."""
+    """(title, prompt) of the columns of the picture: backgrounds, held-back expressions, and prompts without the subject."""
     prompts = subject["evaluation_prompts"][:3]
     prompts += [entry["prompt"] for entry in subject["held_back"]]
     prompts += subject["drift_prompts"][:2]
@@ -130,10 +130,10 @@ class Judge:
     """Draws the same prompts with the same seeds with every model, and scores them.
 
     Args:
-        subject: the bundled subject's prompts.
-        references: its held-back pictures at the base's size.
-        clip: the scoring CLIP.
-        autoencoder: the base's, for distances.
+        subject: prompts of the bundled subject.
+        references: its held-back pictures in the size of the base.
+        clip: the CLIP that scores.
+        autoencoder: autoencoder of the base, for distances.
     """
 
     subject: dict
@@ -148,9 +148,9 @@ class Judge:
         return dict(zip(prompts, generate(pipeline, prompts, SEEDS), strict=True))
 
     def score(self, pictures: dict[str, list[Image.Image]], base: dict[str, list[Image.Image]]) -> dict[str, float]:
-        """Scores of a model's pictures; `base` holds the untouched base's, for the drift.
+        """Scores of the pictures of a model; `base` holds the pictures of the untouched base, for the drift.
 
-        CLIPScore leaves the rare word out of the prompts: the scoring model never saw it.
+        CLIPScore removes the rare word from the prompts, because the scoring model does not know it.
         """
         scored = [
             (picture, prompt.replace(" sks ", " ")) for prompt in pictures if " sks " in prompt for picture in pictures[prompt]
@@ -170,17 +170,17 @@ class Judge:
         }
 
     def ceiling(self) -> tuple[dict[str, float], list[Image.Image]]:
-        """The CLIPScore that the held-back pictures themselves get, and their row of the picture."""
+        """The scores of the held-back pictures themselves, and their row of the picture."""
         prompts = [entry["prompt"].replace(" sks ", " ") for entry in self.subject["held_back"]]
         scores = clipscore_torchmetrics(self.references, prompts, self.clip)
-        by_prompt = {entry["prompt"]: picture for entry, picture in zip(self.subject["held_back"], self.references, strict=True)}
+        pictures = {entry["prompt"]: picture for entry, picture in zip(self.subject["held_back"], self.references, strict=True)}
         blank = Image.new("RGB", self.references[0].size, "white")
-        row = [by_prompt.get(prompt, blank) for _, prompt in columns(self.subject)]
+        row = [pictures.get(prompt, blank) for _, prompt in columns(self.subject)]
         return {"clipscore": sum(scores) / len(scores), "clip_i": 1.0, "distance": 0.0}, row
 
 
 def results_table(scores: dict[str, dict], results: dict[str, dict]) -> str:
-    """The demo's table in Markdown."""
+    """The table of the demo in Markdown."""
     rows = []
     for label, score in scores.items():
         cells = [label.replace("\n", " "), f"{score['clipscore']:.1f}", f"{score['clip_i']:.3f}", f"{score['distance']:.3f}"]
@@ -198,7 +198,7 @@ def results_table(scores: dict[str, dict], results: dict[str, dict]) -> str:
 
 
 def compare(subject: dict, results: dict[str, dict]) -> tuple[dict[str, dict], dict[str, list[Image.Image]]]:
-    """Opens every result in a fresh pipeline, draws and scores: label -> scores, label -> row of the picture."""
+    """Opens every result in a new pipeline, draws and scores: label -> scores, and label -> row of the picture."""
     openers: dict[str, Callable[[], StableDiffusionPipeline]] = {"base": lambda: load_base(str(BASE))}
     openers["truncated\nbase"] = truncated_base
     for method, label in TITLES.items():
@@ -239,8 +239,8 @@ def main() -> None:
     text = results_table(scores, results)
     (output / "table.md").write_text(text + "\n")
     (output / "results.json").write_text(json.dumps({"scores": scores, "runs": results}, indent=2) + "\n")
-    print(f"\n{text}\n\n{time.perf_counter() - start:.0f} s in all")
-    print(f"look at {output / 'side_by_side.png'}; the table is in {output / 'table.md'}, the adapters are beside it")
+    print(f"\n{text}\n\ntotal time: {time.perf_counter() - start:.0f} s")
+    print(f"open {output / 'side_by_side.png'}; the table is in {output / 'table.md'}, and the adapters are beside it")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Scores pictures: CLIPScore, likeness to references (CLIP-I, DINO), drift from the base, diversity among seeds.
+"""Scores pictures: CLIPScore, similarity to references (CLIP-I, DINO), drift from the base, diversity among seeds.
 
-Either a folder of pictures and their prompts (--images), or a pipeline with adapters that draws a list of prompts (--pipeline).
-docs/metrics.md says what every number means.
+The pictures come from a folder, with their prompts (--images), or from a pipeline with adapters that draws a list of prompts
+(--pipeline). docs/metrics.md explains every number.
 """
 
 import argparse
@@ -64,19 +64,19 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="JSON, JSONL, CSV or TXT; for --images file names and prompts, for --pipeline a list of prompts",
     )
     prompts.add_argument("--prompt_list", choices=list(PROMPT_LISTS), help="the 25 prompts of the DreamBooth paper")
-    parser.add_argument("--subject", help="what --prompt_list is about, such as 'sks dog'")
-    parser.add_argument("--unique_token", help="word left out of the prompts when they are scored: the CLIP never met 'sks'")
+    parser.add_argument("--subject", help="subject of --prompt_list, such as 'sks dog'")
+    parser.add_argument("--unique_token", help="word to remove from the prompts for the scores, such as the unknown word sks")
     parser.add_argument("--references", type=Path, help="folder with pictures of the subject: adds CLIP-I and DINO")
 
 
 def _add_drawing(group) -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(generate).parameters.items()}
     group.add_argument("--adapter", nargs="+", default=[], help="CERSA or LoRA files, all active together")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="a picture per prompt and seed")
-    group.add_argument("--steps", type=int, default=defaults["steps"], help="denoising steps")
-    group.add_argument("--guidance", type=float, default=defaults["guidance"], help="classifier-free guidance")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="one picture per prompt and seed")
+    group.add_argument("--steps", type=int, default=defaults["steps"], help="number of denoising steps")
+    group.add_argument("--guidance", type=float, default=defaults["guidance"], help="scale of classifier-free guidance")
     group.add_argument("--drift_prompts", type=Path, help="list of prompts without the subject: adds the drift")
-    group.add_argument("--base", help="what the drift is measured from; default: --pipeline without the adapters")
+    group.add_argument("--base", help="base pipeline for the drift; default: --pipeline without the adapters")
 
 
 def _add_scoring(group) -> None:
@@ -84,29 +84,29 @@ def _add_scoring(group) -> None:
     group.add_argument(
         "--clip",
         default=EMBEDDED_CLIP,
-        help="CLIP in transformers' format (folder or hub id), or in open_clip's words with --backend open_clip. The default "
-        f"knows emoji and nothing else; for photographs {PHOTO_CLIP} or ViT-B-16:openai",
+        help="CLIP in transformers' format (folder or hub id), or with --backend open_clip a name of open_clip. The default "
+        f"knows only emoji; for photographs use {PHOTO_CLIP} or ViT-B-16:openai",
     )
     group.add_argument(
         "--vision",
         default=EMBEDDED_VIT,
-        help=f"vision transformer beside CLIP; the default is no DINO and knows emoji only; for photographs {DREAMBOOTH_ENCODER}",
+        help=f"vision transformer; the default is not a DINO and knows only emoji; for photographs use {DREAMBOOTH_ENCODER}",
     )
     group.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], help="adds LPIPS to the diversity; downloads its network")
     group.add_argument("--weight", type=float, default=PERCENT, help="factor of CLIPScore; 2.5 in Hessel et al.")
-    group.add_argument("--batch_size", type=int, default=16, help="pictures at once")
-    group.add_argument("--device", help="default: the GPU where there is one")
+    group.add_argument("--batch_size", type=int, default=16, help="number of pictures per batch")
+    group.add_argument("--device", help="default: the GPU if there is one")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses numbers and folders that cannot work, before anything is loaded."""
+    """Refuses numbers and folders that cannot be used, before anything is loaded."""
     for name in ("batch_size", "steps", "weight"):
         if getattr(arguments, name) <= 0:
             raise ConfigError(f"--{name} is {getattr(arguments, name)}, expected more than 0")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ConfigError("--prompt is empty, expected words")
     if len(set(arguments.seeds)) != len(arguments.seeds):
-        raise ConfigError(f"--seeds {arguments.seeds}: expected different seeds, the same one draws the same picture")
+        raise ConfigError(f"--seeds {arguments.seeds}: expected different seeds, because the same seed draws the same picture")
     if arguments.output and arguments.output.exists() and not arguments.output.is_dir():
         raise ConfigError(f"--output: {arguments.output} is a file, expected a folder")
 
@@ -133,7 +133,7 @@ def as_scored(arguments: argparse.Namespace, prompt: str) -> str:
 
 
 def keep(arguments: argparse.Namespace, name: str, samples: list[Sample]) -> None:
-    """Writes drawn pictures into a folder of --output, with the prompts they were drawn with: input for --images."""
+    """Writes drawn pictures and their prompts into a folder of --output, in the form that --images reads."""
     if arguments.output is None:
         return
     folder = arguments.output / name
@@ -145,7 +145,7 @@ def keep(arguments: argparse.Namespace, name: str, samples: list[Sample]) -> Non
 
 
 def load_scorer(arguments: argparse.Namespace) -> Scorer:
-    """The models that score, as the options say."""
+    """Loads the models that score, as the options say."""
     backends = list(BACKENDS) if arguments.backend == "both" else [arguments.backend]
     return Scorer.load(
         arguments.clip,
@@ -166,7 +166,7 @@ def score_images(arguments: argparse.Namespace, references: list[Image.Image]) -
 
 
 def score_pipeline(arguments: argparse.Namespace, references: list[Image.Image]) -> Evaluation:
-    """Draws with --pipeline and scores that; every model is loaded before the first picture is drawn."""
+    """Draws with --pipeline and scores the pictures; every model is loaded before the first picture is drawn."""
     prompts = prompts_to_draw(arguments)
     drift_prompts = read_prompt_list(arguments.drift_prompts, "--drift_prompts") if arguments.drift_prompts else []
     pipeline = open_pipeline(arguments.pipeline, arguments.adapter, arguments.device)
@@ -187,12 +187,12 @@ def score_pipeline(arguments: argparse.Namespace, references: list[Image.Image])
 
 
 def evaluate(arguments: argparse.Namespace) -> Evaluation:
-    """All scores that the options ask for."""
+    """All scores that the options request."""
     check(arguments)
     references = list(read_pictures(arguments.references, "--references").values()) if arguments.references else []
     evaluation = (score_images if arguments.images else score_pipeline)(arguments, references)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    # The same command into another folder is to give the same file.
+    # The same command with another folder has to write the same file.
     del options["output"]
     libraries = {name: version(name) for name in ("torch", "transformers", "diffusers", "torchmetrics", "open_clip_torch")}
     return replace(evaluation, settings=options | {"libraries": libraries})
@@ -211,7 +211,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"{evaluation}\n\n{len(evaluation.rows)} pictures; CLIP: {arguments.clip}; vision transformer: {arguments.vision}")
     if arguments.clip == EMBEDDED_CLIP:
-        print(f"This CLIP knows emoji and nothing else: for photographs --clip {PHOTO_CLIP} --vision {DREAMBOOTH_ENCODER}")
+        print(f"This CLIP knows emoji and nothing else: for photographs use --clip {PHOTO_CLIP} --vision {DREAMBOOTH_ENCODER}")
     if arguments.output:
         print(f"{arguments.output}: scores.json, scores.csv (every picture), table.md")
 

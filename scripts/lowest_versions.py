@@ -1,4 +1,4 @@
-"""Prints the lowest versions that pyproject.toml promises as constraints for pip; `make test-lowest` installs them."""
+"""Prints the lowest versions in pyproject.toml as constraints for pip; `make test-lowest` installs them."""
 
 import tomllib
 from pathlib import Path
@@ -10,19 +10,19 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def lowest_versions(project: dict) -> dict[str, Version]:
-    """The lower bound of each package, in the requirements of a project and of all its extras.
+    """The lower bound of each package in the requirements of a project and of all its extras.
 
     Args:
         project: the table `project` of a pyproject.toml.
 
     Raises:
-        ValueError: a requirement that has no lower bound.
+        ValueError: a requirement has no lower bound.
     """
     requirements = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
     lowest: dict[str, Version] = {}
     for requirement in map(Requirement, requirements):
         if requirement.name == project["name"]:
-            continue  # An extra that is made of other extras.
+            continue  # an extra that consists of other extras
         bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
         if not bounds:
             raise ValueError(f"{PYPROJECT.name}: {requirement} has no lower bound, expected {requirement.name}>=VERSION")

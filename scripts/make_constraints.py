@@ -1,8 +1,8 @@
-"""Prints constraints.txt: the version of every package that all extras need, so that an install can be repeated.
+"""Prints constraints.txt: the version of every package that all extras need, so that an installation can be repeated.
 
-For each interpreter it asks pip, in a fresh environment, what it would install. A package whose version depends on the
-interpreter gets a line for each, with a marker. torch and torchvision become ranges (patch releases, and builds for any
-accelerator); what torch itself pins for its accelerator is left out.
+For each interpreter, pip lists in a new environment what it would install. A package whose version depends on the interpreter
+gets a line with a marker for each version. torch and torchvision get ranges (patch releases, and builds for any accelerator);
+packages that torch pins for its accelerator are left out.
 """
 
 import argparse
@@ -25,19 +25,19 @@ HEADER = """\
 
 
 def resolve(interpreter: str, extras: list[str], conditions: list[str]) -> dict[str, Version]:
-    """What pip would install of this repository, with all extras, into a fresh environment of an interpreter.
+    """Package -> version that pip would install for this repository with extras in a new environment.
 
     Args:
-        interpreter: a python, by name or path.
-        extras: of pyproject.toml.
-        conditions: further requirements that the versions must meet.
+        interpreter: name or path of a Python interpreter.
+        extras: extras of pyproject.toml.
+        conditions: further requirements for the versions.
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
         pip = [str(Path(folder) / "bin" / "python"), "-m", "pip", "--quiet"]
         subprocess.run([*pip, "install", "--upgrade", "pip"], check=True)
         report = Path(folder) / "report.json"
-        # The constraints of the file that is written here anew are not in force.
+        # constraints.txt is not used here, because this program writes it again.
         requirements = ["--editable", f"{REPOSITORY}[{','.join(extras)}]", *conditions]
         subprocess.run([*pip, "install", "--dry-run", "--report", str(report), *requirements], check=True)
         packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
@@ -45,7 +45,7 @@ def resolve(interpreter: str, extras: list[str], conditions: list[str]) -> dict[
 
 
 def canonical(name: str) -> str:
-    """A package's name as PEP 503 spells it."""
+    """The name of a package in the normal form of PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -53,7 +53,7 @@ def lines(resolved: dict[Version, dict[str, Version]]) -> list[str]:
     """The constraints for several interpreters.
 
     Args:
-        resolved: Python's version (3.11) -> package -> its version there.
+        resolved: version of Python (3.11) -> package -> its version for this Python.
     """
     result = []
     for name in sorted(set().union(*resolved.values())):
@@ -71,7 +71,7 @@ def lines(resolved: dict[Version, dict[str, Version]]) -> list[str]:
 
 
 def previous(python: Version, versions: dict[Version, Version]) -> Version | None:
-    """The interpreter before this one."""
+    """The version of Python before this one."""
     return max((other for other in versions if other < python), default=None)
 
 
@@ -83,7 +83,7 @@ def line(name: str, version: Version) -> str:
 
 
 def main() -> None:
-    """Resolves for every interpreter and prints."""
+    """Resolves the versions for every interpreter and prints the constraints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pythons", nargs="+", default=[sys.executable], help="interpreters to resolve for (default: this one)")
     parser.add_argument(
@@ -91,13 +91,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    own = {project["name"]}
     resolved = {}
     for interpreter in arguments.pythons:
         code = "import sys; print('%d.%d' % sys.version_info[:2])"
         python = Version(subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
         packages = resolve(interpreter, list(project["optional-dependencies"]), arguments.conditions)
-        resolved[python] = {name: version for name, version in packages.items() if name not in own}
+        resolved[python] = {name: version for name, version in packages.items() if name != project["name"]}
     print(HEADER + "\n".join(lines(resolved)))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Sentence classification (GLUE, or data of one's own) with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning.
+"""Sentence classification (GLUE or your own data) with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning.
 
-Start it with python, or with `accelerate launch` for several processes. docs/classification.md shows examples.
+Start it with python, or for several processes with `accelerate launch`. docs/classification.md shows examples.
 """
 
 from cersa_diffusion.classification.command import run_command

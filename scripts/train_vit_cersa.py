@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Image classification with CERSA, LoRA, PiSSA, DoRA, SVFit, SVFT or full fine-tuning of a vision transformer.
 
-Start it with python, or with `accelerate launch` for several processes. docs/classification.md shows examples.
+Start it with python, or for several processes with `accelerate launch`. docs/classification.md shows examples.
 """
 
 from cersa_diffusion.classification.command import run_command

@@ -1,10 +1,11 @@
-"""CLIP models for scoring: from transformers, as torchmetrics takes them, and from open_clip, the same weights or its own."""
+"""CLIP models for scores: from transformers (adapted to torchmetrics) and from open_clip, with the same or its own weights."""
 
 import os
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from textwrap import shorten
 
 import torch
@@ -15,6 +16,7 @@ from transformers import BatchEncoding, CLIPModel, CLIPProcessor
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.embedding import embed_in_batches, scoring_device
+from cersa_diffusion.text import one_line
 
 try:
     import open_clip
@@ -27,11 +29,11 @@ class ClipModel(ABC):
     """A CLIP with its preprocessing and its tokenizer.
 
     Attributes:
-        name: what it was loaded from.
-        label: how tables call its picture features.
+        name: the name or path that it was loaded from.
+        label: name of its picture features in tables.
         device: where it computes.
-        context_length: tokens that it takes of a text, the two special ones included.
-        preprocess: a picture -> its pixels (3, size, size), normalised.
+        context_length: largest number of tokens of a text, including the two special tokens.
+        preprocess: picture -> normalised pixels (3, size, size).
     """
 
     label = "CLIP"
@@ -42,7 +44,7 @@ class ClipModel(ABC):
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, the two special ones included, before anything is cut off."""
+        """The number of tokens of a text before truncation, including the two special tokens."""
 
     @abstractmethod
     def _picture_features(self, pixels: Tensor) -> Tensor: ...
@@ -59,24 +61,24 @@ class ClipModel(ABC):
         return embed_in_batches(pictures, embed, batch_size, "CLIP, pictures")
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """Unit vectors of texts: (texts, width), float32, on the CPU. Texts beyond the context are cut."""
+        """Unit vectors of texts: (texts, width), float32, on the CPU. Texts longer than the context are truncated."""
         return embed_in_batches(texts, lambda batch: self._text_features(list(batch)), batch_size, "CLIP, prompts")
 
     def warn_of_truncation(self, texts: Sequence[str]) -> int:
-        """Warns where texts are longer than the context, and so will be scored without their end.
+        """Warns if texts are longer than the context and will be truncated for the score.
 
         Returns:
-            How many different texts are.
+            The number of different texts that are too long.
         """
-        longer = [text for text in dict.fromkeys(texts) if self.count_tokens(text) > self.context_length]
-        if longer:
+        too_long = [text for text in dict.fromkeys(texts) if self.count_tokens(text) > self.context_length]
+        if too_long:
             warnings.warn(
-                f"CLIP {self.name}: {len(longer)} of {len(set(texts))} prompts are longer than its context of "
-                f"{self.context_length} tokens and are scored without their end, the first: {shorten(longer[0], 80)!r}",
-                # This line, not the caller's: Python shows the same warning once, whoever asks.
+                f"CLIP {self.name}: {len(too_long)} of {len(set(texts))} prompts are longer than its context of "
+                f"{self.context_length} tokens and are scored without their end, the first: {shorten(too_long[0], 80)!r}",
+                # This line and not the line of the caller: Python then shows the same warning only once for all callers.
                 stacklevel=1,
             )
-        return len(longer)
+        return len(too_long)
 
 
 class TransformersClip(ClipModel):
@@ -84,10 +86,10 @@ class TransformersClip(ClipModel):
 
     Args:
         name_or_path: a folder or a model id on the hub.
-        device: where to compute; the GPU where there is one when left out.
+        device: where to compute; by default the GPU if there is one.
 
     Raises:
-        ConfigError: no such folder or model.
+        ConfigError: there is no such folder or model.
     """
 
     def __init__(self, name_or_path: str | os.PathLike, device: str | torch.device | None = None):
@@ -96,13 +98,13 @@ class TransformersClip(ClipModel):
             self.model = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32).eval().to(self.device)
             processor = CLIPProcessor.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"CLIP {self.name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            raise ConfigError(f"CLIP {self.name}: cannot be loaded ({one_line(error)})") from error
         self.tokenizer = processor.tokenizer
         self.context_length = self.model.config.text_config.max_position_embeddings
-        self.preprocess = _transform(processor.image_processor, self.model.config.vision_config.image_size)
+        self.preprocess = _image_transform(processor.image_processor, self.model.config.vision_config.image_size)
 
     def tokenize(self, texts: list[str]) -> BatchEncoding:
-        """Token ids and mask (texts, context). What is cut keeps its end-of-text token, where CLIP reads its vector."""
+        """Token ids and mask (texts, context). A truncated text keeps its end-of-text token, from which CLIP takes its vector."""
         return self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt")
 
     def count_tokens(self, text: str) -> int:
@@ -115,7 +117,7 @@ class TransformersClip(ClipModel):
         return self.model.get_text_features(**self.tokenize(texts).to(self.device)).pooler_output
 
     def for_torchmetrics(self) -> tuple["TorchmetricsModel", "TorchmetricsProcessor"]:
-        """Model and processor as torchmetrics takes them."""
+        """Model and processor as torchmetrics expects them."""
         return TorchmetricsModel(self.model), TorchmetricsProcessor(self)
 
 
@@ -134,11 +136,11 @@ class TorchmetricsModel(nn.Module):
 
 
 class TorchmetricsProcessor:
-    """A CLIP's preprocessing in the form of a transformers processor.
+    """The preprocessing of a CLIP in the form of a transformers processor.
 
-    It exists for two reasons. torchmetrics cuts long texts behind the tokenizer, end-of-text token included, and then scores the
-    vector of another token; here the tokenizer cuts. And transformers resizes tensors where CLIP resized PIL pictures, and
-    crops a pixel elsewhere, which shows in a score; here every backend resizes and crops the same way.
+    It exists for two reasons. torchmetrics truncates long texts after the tokenizer, which removes the end-of-text token, and
+    then scores the vector of another token; here the tokenizer truncates. transformers resizes tensors, while the original CLIP
+    resizes PIL pictures, and its crop differs by one pixel, which changes a score; here all backends resize and crop alike.
     """
 
     def __init__(self, clip: TransformersClip):
@@ -154,9 +156,9 @@ class OpenClipModel(ClipModel):
     """A CLIP as an open_clip model.
 
     Args:
-        name_or_path: a folder or hub id with a CLIP in transformers' format; or in open_clip's words "ARCHITECTURE:PRETRAINED",
-            where PRETRAINED is a tag ("ViT-B-16:openai") or a checkpoint file, "hf-hub:OWNER/NAME", or "local-dir:FOLDER".
-        device: where to compute; the GPU where there is one when left out.
+        name_or_path: a folder or hub id of a CLIP in transformers' format; or, as open_clip names models, "hf-hub:OWNER/NAME",
+            "local-dir:FOLDER", or "ARCHITECTURE:PRETRAINED", where PRETRAINED is a tag ("ViT-B-16:openai") or a checkpoint file.
+        device: where to compute; by default the GPU if there is one.
 
     Raises:
         ConfigError: the name has none of these forms, or the model cannot be loaded.
@@ -170,14 +172,14 @@ class OpenClipModel(ClipModel):
             self._load()
         else:
             raise ConfigError(
-                f"CLIP {self.name}: no such folder, and none of the forms OWNER/NAME, ARCHITECTURE:PRETRAINED (ViT-B-16:openai), "
-                "hf-hub:OWNER/NAME, local-dir:FOLDER"
+                f"CLIP {self.name}: there is no such folder, and the name has none of the forms OWNER/NAME, "
+                "ARCHITECTURE:PRETRAINED (ViT-B-16:openai), hf-hub:OWNER/NAME, local-dir:FOLDER"
             )
         self.model.eval().to(self.device)
 
     def _convert(self, source: TransformersClip) -> None:
         self.model, self.preprocess = to_open_clip(source.model), source.preprocess
-        self.context_length, self._length = source.context_length, source.count_tokens
+        self.context_length, self._count_tokens = source.context_length, source.count_tokens
         self.tokenize = lambda texts: source.tokenize(texts).input_ids
 
     def _load(self) -> None:
@@ -188,16 +190,12 @@ class OpenClipModel(ClipModel):
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
             self.tokenize = open_clip.get_tokenizer(architecture)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"CLIP {self.name}: open_clip cannot load it ({' '.join(str(error).split())[:200]})") from error
+            raise ConfigError(f"CLIP {self.name}: open_clip cannot load it ({one_line(error)})") from error
         self.context_length = self.tokenize.context_length
-        # open_clip has tokenizers of transformers, wrapped, and its own, which leaves the two special tokens out.
-        wrapped = getattr(self.tokenize, "tokenizer", None)
-        self._length = (
-            (lambda text: len(wrapped(text).input_ids)) if wrapped else lambda text: len(self.tokenize.encode(text)) + 2
-        )
+        self._count_tokens = partial(_count_with_open_clip, self.tokenize)
 
     def count_tokens(self, text: str) -> int:
-        return self._length(text)
+        return self._count_tokens(text)
 
     def _picture_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -206,52 +204,52 @@ class OpenClipModel(ClipModel):
         return self.model.encode_text(self.tokenize(texts).to(self.device))
 
 
-def _transform(processor, image_size: int) -> Callable[[Image.Image], Tensor]:
-    """What a transformers image processor does, done by open_clip: resized and cropped as PIL pictures, as CLIP was trained."""
-    return open_clip.transform.image_transform(
-        image_size,
-        is_train=False,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        resize_mode="shortest" if getattr(processor.size, "shortest_edge", None) else "squash",
-    )
+def _count_with_open_clip(tokenize, text: str) -> int:
+    # open_clip either wraps a tokenizer of transformers or has its own, which does not add the two special tokens.
+    wrapped = getattr(tokenize, "tokenizer", None)
+    return len(wrapped(text).input_ids) if wrapped else len(tokenize.encode(text)) + 2
+
+
+def _image_transform(processor, image_size: int) -> Callable[[Image.Image], Tensor]:
+    """A transformers image processor as an open_clip transform: resizes and crops PIL pictures as in the training of CLIP."""
+    resize_mode = "shortest" if getattr(processor.size, "shortest_edge", None) else "squash"
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return open_clip.transform.image_transform(image_size, is_train=False, mean=mean, std=std, resize_mode=resize_mode)
 
 
 def to_open_clip(source: CLIPModel) -> CLIP:
-    """The same CLIP as an open_clip model: only names and the layout of attention differ.
+    """The same CLIP as an open_clip model: only the names and the layout of the attention weights differ.
 
     Raises:
-        ConfigError: an activation that open_clip's CLIP does not have.
+        ConfigError: the CLIP has an activation that open_clip's CLIP does not have.
     """
     vision, text = source.config.vision_config, source.config.text_config
     if {vision.hidden_act, text.hidden_act} - {"gelu", "quick_gelu"} or vision.hidden_act != text.hidden_act:
         raise ConfigError(f"CLIP with activations {vision.hidden_act} and {text.hidden_act} has no open_clip counterpart")
-    model = CLIP(
-        embed_dim=source.config.projection_dim,
-        vision_cfg=CLIPVisionCfg(
-            layers=vision.num_hidden_layers,
-            width=vision.hidden_size,
-            head_width=vision.hidden_size // vision.num_attention_heads,
-            mlp_ratio=vision.intermediate_size / vision.hidden_size,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
-        ),
-        text_cfg=CLIPTextCfg(
-            context_length=text.max_position_embeddings,
-            vocab_size=text.vocab_size,
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            layers=text.num_hidden_layers,
-            mlp_ratio=text.intermediate_size / text.hidden_size,
-            # 2 stands in the configurations of OpenAI's models, whatever their end-of-text token is; transformers then takes the
-            # highest id, as these models were trained.
-            pool_type="argmax" if text.eos_token_id == 2 else "eos",
-            eos_id=text.eos_token_id,
-        ),
-        quick_gelu=vision.hidden_act == "quick_gelu",
+    vision_config = CLIPVisionCfg(
+        **_transformer_sizes(vision),
+        head_width=vision.hidden_size // vision.num_attention_heads,
+        patch_size=vision.patch_size,
+        image_size=vision.image_size,
     )
+    text_config = CLIPTextCfg(
+        **_transformer_sizes(text),
+        heads=text.num_attention_heads,
+        context_length=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        # The configurations of OpenAI's models say 2 whatever their end-of-text token is. transformers then takes the token with
+        # the highest id, as in the training of these models.
+        pool_type="argmax" if text.eos_token_id == 2 else "eos",
+        eos_id=text.eos_token_id,
+    )
+    model = CLIP(source.config.projection_dim, vision_config, text_config, quick_gelu=vision.hidden_act == "quick_gelu")
     model.load_state_dict(_open_clip_state(source.state_dict()))
     return model
+
+
+def _transformer_sizes(config) -> dict[str, float]:
+    width = config.hidden_size
+    return {"layers": config.num_hidden_layers, "width": width, "mlp_ratio": config.intermediate_size / width}
 
 
 _RENAMED = (
@@ -281,7 +279,7 @@ def _open_clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         query = re.search(r"\.self_attn\.q_proj\.(weight|bias)$", name)
         if query:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            tensor = torch.cat([state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
             name = name.replace(f"q_proj.{query[1]}", f"in_proj_{query[1]}")
         if name in ("visual_projection.weight", "text_projection.weight"):
             tensor = tensor.T

@@ -12,12 +12,12 @@ from cersa_diffusion.metrics.clip_models import OpenClipModel, TransformersClip
 from cersa_diffusion.private_names import CLIP_SCORE_UPDATE
 
 try:
-    # The public functions of torchmetrics return the mean of a batch, clamped as a mean; CLIPScore is clamped picture by picture.
+    # The public functions of torchmetrics clamp and return the mean of a batch; CLIPScore clamps the score of each picture.
     clip_score_update = CLIP_SCORE_UPDATE.get()
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("scores need torchmetrics: pip install 'cersa-diffusion[score]'") from error
 
-# What is usual for pictures today, and what Hessel et al. multiply with.
+# The usual weight for generated pictures, and the weight of Hessel et al.
 PERCENT, HESSEL = 100.0, 2.5
 
 
@@ -32,17 +32,17 @@ def clipscore_torchmetrics(
     """CLIPScore of each picture with its prompt, by torchmetrics.
 
     Args:
-        pictures: RGB pictures, of any sizes.
-        prompts: one per picture; longer ones than the CLIP's context are cut, with a warning.
+        pictures: RGB pictures of any size.
+        prompts: one per picture; those longer than the context of the CLIP are truncated, with a warning.
         clip: the model.
-        weight: factor of the cosine: 100, or the 2.5 of Hessel et al.
-        batch_size: pictures at once.
+        weight: factor of the cosine: 100, or 2.5 as in Hessel et al.
+        batch_size: number of pictures per forward pass.
 
     Returns:
-        One score per picture, 0 to `weight`.
+        One score per picture, from 0 to `weight`.
 
     Raises:
-        ConfigError: not as many prompts as pictures, or none.
+        ConfigError: the numbers of pictures and prompts differ, or there are none.
     """
     _check(pictures, prompts)
     clip.warn_of_truncation(prompts)
@@ -50,7 +50,7 @@ def clipscore_torchmetrics(
     scores = []
     starts = range(0, len(pictures), batch_size)
     for start in tqdm(starts, desc="CLIPScore (torchmetrics)", unit="batch", leave=False, disable=len(starts) == 1):
-        # torchmetrics computes where the pictures are.
+        # torchmetrics computes on the device of the pictures.
         pixels = [pil_to_tensor(picture).to(clip.device) for picture in pictures[start : start + batch_size]]
         with torch.inference_mode():
             percent, _ = clip_score_update(pixels, list(prompts[start : start + batch_size]), model, processor)
@@ -59,17 +59,9 @@ def clipscore_torchmetrics(
 
 
 def clipscore_open_clip(
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    clip: OpenClipModel,
-    *,
-    weight: float = PERCENT,
-    batch_size: int = 32,
+    pictures: Sequence[Image.Image], prompts: Sequence[str], clip: OpenClipModel, *, weight: float = PERCENT, batch_size: int = 32
 ) -> list[float]:
-    """CLIPScore of each picture with its prompt, from the embeddings of an open_clip model.
-
-    Args, Returns, Raises: as `clipscore_torchmetrics`.
-    """
+    """As `clipscore_torchmetrics`, but from the embeddings of an open_clip model."""
     _check(pictures, prompts)
     clip.warn_of_truncation(prompts)
     different = list(dict.fromkeys(prompts))
@@ -78,11 +70,8 @@ def clipscore_open_clip(
     return (weight * cosines.clamp_min(0)).tolist()
 
 
-# Backend -> (loads a model by name and device, scores with it).
-BACKENDS = {
-    "torchmetrics": (TransformersClip, clipscore_torchmetrics),
-    "open_clip": (OpenClipModel, clipscore_open_clip),
-}
+# Backend -> (class that loads a model by name and device, function that scores with this model).
+BACKENDS = {"torchmetrics": (TransformersClip, clipscore_torchmetrics), "open_clip": (OpenClipModel, clipscore_open_clip)}
 
 
 def _check(pictures: Sequence, prompts: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""Pictures to score: a pipeline with adapters draws prompts with given seeds."""
+"""Pictures to score: a pipeline with adapters draws each prompt with each seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str |
     """A pipeline with adapters, all of them active, on the device that draws.
 
     Args:
-        name_or_path: a folder or hub id, as `load_base` takes it.
+        name_or_path: a folder or hub id, as for `load_base`.
         adapters: CERSA adapters (a file, a folder or a hub id) or LoRA files (or folders with pytorch_lora_weights.safetensors).
-        device: the GPU where there is one when left out.
+        device: by default the GPU if there is one.
 
     Raises:
         CersaError: the pipeline or an adapter cannot be loaded.
@@ -35,14 +35,14 @@ def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str |
         loras.append(f"lora_{number}")
         load_lora(pipeline, lora, loras[-1])
     if loras:
-        # Loading one more LoRA takes the active ones out.
+        # Loading another LoRA deactivates the LoRAs that were active.
         pipeline.set_adapters(loras)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(scoring_device(device))
 
 
 def _lora_file(path: Path) -> Path | None:
-    """The LoRA file that this path is or holds; None for everything else, which is left to the loader of CERSA adapters."""
+    """The LoRA file at this path or in this folder; None for anything else, which the loader of CERSA adapters handles."""
     if path.is_dir():
         path = path / LORA_FILE_NAME
     if not path.is_file():
@@ -58,17 +58,15 @@ def draw(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[in
     """Draws every prompt with every seed.
 
     Args:
-        pipeline: of `open_pipeline`.
-        prompts: the prompts.
-        seeds: the seeds.
-        settings: steps, guidance, batch_size, as `generate` takes them.
+        pipeline: as `open_pipeline` returns it.
+        settings: steps, guidance, batch_size, as for `generate`.
 
     Returns:
-        Samples named by the prompt's number and the seed, prompt by prompt.
+        Samples in the order of the prompts, then of the seeds; their names contain the number of the prompt and the seed.
     """
     pictures = generate(pipeline, prompts, seeds, show_progress=True, **settings)
     return [
         Sample(f"{number:03d}-seed{seed}.png", prompt, picture, seed)
-        for number, (prompt, row) in enumerate(zip(prompts, pictures, strict=True))
-        for seed, picture in zip(seeds, row, strict=True)
+        for number, (prompt, pictures_of_prompt) in enumerate(zip(prompts, pictures, strict=True))
+        for seed, picture in zip(seeds, pictures_of_prompt, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Turning pictures and texts into unit vectors, batch by batch, on whatever device the model is on."""
+"""Unit vectors of pictures and texts, computed batch by batch on the device of the model."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 
 class PictureEncoder(Protocol):
-    """What turns pictures into unit vectors.
+    """A model that turns pictures into unit vectors.
 
     Attributes:
-        label: how tables call its features.
+        label: name of its features in tables.
     """
 
     label: str
@@ -25,7 +25,7 @@ class PictureEncoder(Protocol):
 
 
 def scoring_device(device: str | torch.device | None) -> torch.device:
-    """The device to score on: the one asked for, else the GPU where there is one."""
+    """The requested device, or else the GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -35,9 +35,9 @@ def embed_in_batches(items: Sequence, embed: Callable[[Sequence], Tensor], batch
 
     Args:
         items: pictures or texts, at least one.
-        embed: gives the vectors (batch, width) of a batch.
-        batch_size: items at once.
-        title: of the progress bar.
+        embed: batch of items -> vectors (batch, width).
+        batch_size: number of items per call of `embed`.
+        title: title of the progress bar.
     """
     starts = tqdm(range(0, len(items), batch_size), desc=title, unit="batch", leave=False, disable=len(items) <= batch_size)
     return torch.cat([normalize(embed(items[start : start + batch_size]).float(), dim=-1).cpu() for start in starts])

@@ -1,4 +1,4 @@
-"""Vision transformers that say how alike two pictures are: DINO, as the DreamBooth paper has it, or any other ViT."""
+"""Vision transformers that measure the similarity of two pictures: DINO, as in the DreamBooth paper, or any other ViT."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from cersa_diffusion.text import one_line
 
 # The encoder of the DreamBooth paper.
 DREAMBOOTH_ENCODER = "facebook/dino-vits16"
-# Their first token is [CLS], whose state after the last layer norm is the feature that the DINO papers compare.
+# The first token of these models is [CLS]; the DINO papers compare its state after the last layer norm.
 _WITH_CLASS_TOKEN = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
@@ -25,27 +25,26 @@ class VisionEncoder:
 
     Args:
         name_or_path: a folder or a model id on the hub, in transformers' format.
-        device: where to compute; the GPU where there is one when left out.
+        device: where to compute; by default the GPU if there is one.
 
     Attributes:
-        label: "DINO" where model type or name say so, else "ViT features": those of a classifier are not DINO's.
+        label: "DINO" if the model type or the name contains it, else "ViT features": the features of a classifier are not DINO.
 
     Raises:
-        ConfigError: no such folder or model, or it has no [CLS] feature.
+        ConfigError: there is no such folder or model, or the model has no [CLS] feature.
     """
 
     def __init__(self, name_or_path: str | os.PathLike, device: str | torch.device | None = None):
         self.name, self.device = os.fspath(name_or_path), scoring_device(device)
         verbosity = logging.get_verbosity()
         try:
-            # Neither a classifier's head nor the pooler that transformers makes up in its place is used: no reason to warn.
+            # transformers warns that it drops the head of a classifier and initialises a pooler at random; neither is used here.
             logging.set_verbosity(logging.CRITICAL)
             self.model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).eval().to(self.device)
-            # As PIL pictures, which is how these models were evaluated.
+            # These models were evaluated with preprocessing of PIL pictures.
             self.processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
         except (OSError, ValueError) as error:
-            reason = one_line(error)
-            raise ConfigError(f"vision model {self.name}: cannot be loaded ({reason})") from error
+            raise ConfigError(f"vision model {self.name}: cannot be loaded ({one_line(error)})") from error
         finally:
             logging.set_verbosity(verbosity)
         model_type = self.model.config.model_type
@@ -54,8 +53,7 @@ class VisionEncoder:
                 f"vision model {self.name}: its type is {model_type}, expected one with a [CLS] feature: "
                 f"{', '.join(_WITH_CLASS_TOKEN)}"
             )
-        is_dino = "dino" in model_type or "dino" in PurePath(self.name).name.lower()
-        self.label = "DINO" if is_dino else "ViT features"
+        self.label = "DINO" if "dino" in model_type or "dino" in PurePath(self.name).name.lower() else "ViT features"
 
     def embed_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
         """Unit vectors of pictures: (pictures, width), float32, on the CPU."""

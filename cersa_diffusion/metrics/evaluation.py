@@ -1,4 +1,4 @@
-"""All scores of a set of pictures in one go, and the files and the table they are written to."""
+"""All scores of a set of pictures, and the files and the table that hold them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,11 @@ from PIL import Image
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.clip_models import ClipModel
 from cersa_diffusion.metrics.clipscore import BACKENDS, PERCENT
-from cersa_diffusion.metrics.embedding import PictureEncoder
 from cersa_diffusion.metrics.encoders import VisionEncoder
 from cersa_diffusion.metrics.similarity import Lpips, diversity, latent_distance, paired_distance, similarity_to_references
 from cersa_diffusion.text import csv_text, table
 
-# Figures are rounded where they are written: the last bits depend on the number of threads.
+# Scores are rounded before they are written, because their last bits depend on the number of threads.
 DIGITS = 5
 
 
@@ -27,9 +26,9 @@ class Sample:
 
     Args:
         name: file name.
-        prompt: what it is scored against.
+        prompt: the text that the picture is scored with.
         picture: RGB.
-        seed: what it was drawn with, where that is known.
+        seed: the seed of the drawing, if it is known.
     """
 
     name: str
@@ -43,9 +42,9 @@ class Drift:
     """Pictures of prompts without the subject, by the tuned model and by the untouched base, with the same seeds.
 
     Args:
-        pictures: of the tuned model.
-        base: of the base, in the same order.
-        autoencoder: the base's; adds the distance of latents.
+        pictures: pictures of the tuned model.
+        base: pictures of the base, in the same order.
+        autoencoder: autoencoder of the base; adds the distance between latents.
     """
 
     pictures: Sequence[Image.Image]
@@ -58,11 +57,11 @@ class Scorer:
     """The models that score.
 
     Args:
-        clips: backend (a key of `BACKENDS`) -> its model, at least one; picture features are those of the first.
-        vision: a vision transformer for DINO or its like.
+        clips: backend (a key of `BACKENDS`) -> its model, at least one; the first model also gives the picture features.
+        vision: a vision transformer, such as DINO.
         lpips: adds LPIPS to the diversity.
         weight: factor of CLIPScore.
-        batch_size: pictures at once.
+        batch_size: number of pictures per forward pass.
     """
 
     clips: Mapping[str, ClipModel]
@@ -85,26 +84,22 @@ class Scorer:
         """Loads the models.
 
         Args:
-            clip: name or path, as the backends take it.
+            clip: name or path of a CLIP that all backends can load.
             backends: keys of `BACKENDS`.
-            vision: name or path of a vision transformer; None: do without.
-            lpips: network of LPIPS; None: do without.
-            device: where to compute; the GPU where there is one when left out.
+            vision: name or path of a vision transformer, or None.
+            lpips: network of LPIPS, or None.
+            device: where to compute; by default the GPU if there is one.
             settings: weight, batch_size.
 
         Raises:
-            ConfigError: an unknown backend, or a model that cannot be loaded.
+            ConfigError: a backend is unknown, or a model cannot be loaded.
         """
         unknown = [backend for backend in backends if backend not in BACKENDS]
         if unknown or not backends:
             raise ConfigError(f"CLIPScore backends {list(backends)}: expected some of {', '.join(BACKENDS)}")
         clips = {backend: BACKENDS[backend][0](clip, device) for backend in backends}
-        return cls(
-            clips,
-            VisionEncoder(vision, device) if vision else None,
-            Lpips(lpips, next(iter(clips.values())).device) if lpips else None,
-            **settings,
-        )
+        encoder = VisionEncoder(vision, device) if vision else None
+        return cls(clips, encoder, Lpips(lpips, next(iter(clips.values())).device) if lpips else None, **settings)
 
     def evaluate(
         self, samples: Sequence[Sample], references: Sequence[Image.Image] = (), drift: Drift | None = None
@@ -112,21 +107,21 @@ class Scorer:
         """Scores pictures.
 
         Args:
-            samples: the pictures with their prompts; those that share a prompt are compared for the diversity.
+            samples: the pictures with their prompts; the diversity compares the pictures of the same prompt.
             references: pictures of the subject, for CLIP-I and DINO.
             drift: pictures of prompts without the subject.
 
         Raises:
-            ConfigError: no pictures.
+            ConfigError: there are no pictures.
         """
         pictures, prompts = [sample.picture for sample in samples], [sample.prompt for sample in samples]
-        groups = [group for group in _groups(prompts) if len(group) > 1]
+        groups = [group for group in _indices_by_prompt(prompts) if len(group) > 1]
         columns = {
             f"clipscore_{backend}": BACKENDS[backend][1](pictures, prompts, clip, weight=self.weight, batch_size=self.batch_size)
             for backend, clip in self.clips.items()
         }
         means = {}
-        for encoder in self._encoders():
+        for encoder in [next(iter(self.clips.values())), *([self.vision] if self.vision else [])]:
             key, features = encoder.label.lower().replace(" ", "_"), encoder.embed_pictures(pictures, self.batch_size)
             if references:
                 similarities = similarity_to_references(features, encoder.embed_pictures(references, self.batch_size))
@@ -141,10 +136,7 @@ class Scorer:
         if drift and drift.autoencoder:
             means["drift_latent"] = latent_distance(list(drift.pictures), list(drift.base), drift.autoencoder)
         means = {name: _mean(values) for name, values in columns.items()} | dict(sorted(means.items()))
-        return Evaluation(_rounded(means), _rows(samples, columns))
-
-    def _encoders(self) -> list[PictureEncoder]:
-        return [next(iter(self.clips.values())), *([self.vision] if self.vision else [])]
+        return Evaluation(_round_values(means), _rows_of_pictures(samples, columns))
 
 
 @dataclass(frozen=True)
@@ -153,8 +145,8 @@ class Evaluation:
 
     Attributes:
         means: measure -> value.
-        rows: per picture: its file name, prompt, seed and scores.
-        settings: how the scores came about, for the files.
+        rows: file name, prompt, seed and scores of each picture.
+        settings: settings that led to the scores, for the files.
     """
 
     means: dict[str, float]
@@ -166,32 +158,28 @@ class Evaluation:
         return table(["measure", "mean", "better"], rows, markdown=True)
 
     def write(self, folder: str | Path) -> None:
-        """Writes scores.json (everything), scores.csv (a row per picture) and table.md (the means).
-
-        Args:
-            folder: made where it is missing.
-        """
+        """Writes scores.json (everything), scores.csv (a row per picture) and table.md (the means); creates the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        everything = {"settings": self.settings, "means": self.means, "pictures": self.rows}
-        (folder / "scores.json").write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = {"settings": self.settings, "means": self.means, "pictures": self.rows}
+        (folder / "scores.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / "scores.csv").write_text(csv_text(self.rows), encoding="utf-8", newline="")
         (folder / "table.md").write_text(f"{self}\n", encoding="utf-8")
 
 
-def _groups(prompts: Sequence[str]) -> list[list[int]]:
-    """The numbers of the pictures of each prompt."""
+def _indices_by_prompt(prompts: Sequence[str]) -> list[list[int]]:
+    """For each different prompt the indices of its pictures."""
     groups: dict[str, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(number)
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
     return list(groups.values())
 
 
-def _rows(samples: Sequence[Sample], columns: Mapping[str, Sequence[float]]) -> list[dict]:
+def _rows_of_pictures(samples: Sequence[Sample], columns: Mapping[str, Sequence[float]]) -> list[dict]:
     rows = []
-    for number, sample in enumerate(samples):
-        facts = {"picture": sample.name, "prompt": sample.prompt} | ({} if sample.seed is None else {"seed": sample.seed})
-        rows.append(facts | _rounded({name: values[number] for name, values in columns.items()}))
+    for index, sample in enumerate(samples):
+        row = {"picture": sample.name, "prompt": sample.prompt} | ({} if sample.seed is None else {"seed": sample.seed})
+        rows.append(row | _round_values({name: values[index] for name, values in columns.items()}))
     return rows
 
 
@@ -199,5 +187,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _rounded(values: dict) -> dict:
+def _round_values(values: dict) -> dict:
     return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in values.items()}

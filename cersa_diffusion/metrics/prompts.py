@@ -1,15 +1,15 @@
 """The evaluation prompts of DreamBooth: 25 for objects, 25 for live subjects.
 
 Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", CVPR 2023 (arXiv 2208.12242);
-the lists are those of `dataset/prompts_and_classes.txt` in github.com/google/dreambooth. Its "{0} {1}", the unique token and the
-class noun, is one `{subject}` here: "sks dog" to draw, "dog" to score with a CLIP that never met the token.
+the lists come from `dataset/prompts_and_classes.txt` in github.com/google/dreambooth. `{subject}` replaces its "{0} {1}", the
+unique token and the class noun: "sks dog" to draw, and "dog" to score with a CLIP, which does not know the token.
 """
 
 import re
 
 from cersa_diffusion.errors import ConfigError
 
-# Ten places, then five properties: what the two lists have in common.
+# Both lists begin with these ten places and end with these five properties.
 _PLACES = (
     "a {subject} in the jungle",
     "a {subject} in the snow",
@@ -22,13 +22,7 @@ _PLACES = (
     "a {subject} with a blue house in the background",
     "a {subject} on top of a purple rug in a forest",
 )
-_PROPERTIES = (
-    "a red {subject}",
-    "a purple {subject}",
-    "a shiny {subject}",
-    "a wet {subject}",
-    "a cube shaped {subject}",
-)
+_PROPERTIES = ("a red {subject}", "a purple {subject}", "a shiny {subject}", "a wet {subject}", "a cube shaped {subject}")
 
 OBJECT_PROMPTS = (
     *_PLACES,
@@ -69,15 +63,15 @@ def dreambooth_prompts(kind: str, subject: str) -> list[str]:
         subject: the unique token and the class noun ("sks dog"), or the class noun alone.
 
     Raises:
-        ConfigError: an unknown kind, or an empty subject.
+        ConfigError: the kind is unknown, or the subject is empty.
     """
     if kind not in PROMPT_LISTS:
         raise ConfigError(f"prompt list {kind!r}: expected one of {', '.join(PROMPT_LISTS)}")
     if not subject.strip():
-        raise ConfigError("the subject is empty: expected the words that go into the prompts, such as 'sks dog'")
+        raise ConfigError("the subject is empty: expected the words to insert into the prompts, such as 'sks dog'")
     return [template.format(subject=subject.strip()) for template in PROMPT_LISTS[kind]]
 
 
 def without_token(prompt: str, token: str) -> str:
-    """A prompt without the unique token, a word that a scoring model never met: "a sks dog" becomes "a dog"."""
+    """A prompt without the unique token, a word that the scoring models do not know: "a sks dog" becomes "a dog"."""
     return " ".join(re.sub(rf"(?<!\S){re.escape(token)}(?!\S)", " ", prompt).split())

@@ -1,4 +1,4 @@
-"""How like pictures are: to references (CLIP-I and DINO of DreamBooth), to the base's (drift), to each other (diversity)."""
+"""Similarity of pictures to references (CLIP-I and DINO of DreamBooth), to the base's (drift), to each other (diversity)."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,47 +11,48 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.metrics.embedding import PictureEncoder
+from cersa_diffusion.text import one_line
 
 
 def similarity_to_references(features: Tensor, references: Tensor) -> Tensor:
-    """Mean cosine of each picture with all references; the mean of that is CLIP-I or DINO (Ruiz et al. 2023).
+    """Mean cosine of each picture with all references; its mean over the pictures is CLIP-I or DINO (Ruiz et al. 2023).
 
     Args:
         features: unit vectors of pictures (pictures, width).
         references: unit vectors of reference pictures (references, width).
 
     Returns:
-        (pictures,), -1 to 1.
+        (pictures,), from -1 to 1.
     """
     return (features @ references.T).mean(1)
 
 
 def clip_image_similarity(pictures: Sequence[Image.Image], references: Sequence[Image.Image], clip: PictureEncoder) -> float:
-    """CLIP-I: mean cosine of all pairs of a picture and a reference."""
+    """CLIP-I: the mean cosine over all pairs of a picture and a reference."""
     return float(similarity_to_references(clip.embed_pictures(pictures), clip.embed_pictures(references)).mean())
 
 
 def paired_distance(features: Tensor, references: Tensor) -> float:
-    """Mean of 1 - cosine of each picture and its own reference: the drift, where the references are the base's pictures.
+    """Mean of 1 - cosine of each picture and its own reference: the drift, if the references are the pictures of the base.
 
     Args:
         features: unit vectors (pictures, width).
-        references: as many.
+        references: unit vectors of the same shape.
 
     Returns:
-        0 (the same) to 2.
+        From 0 (all the same) to 2.
     """
     return float((1 - (features * references).sum(-1)).mean())
 
 
 def diversity(features: Tensor) -> float:
-    """Mean of 1 - cosine over all pairs of pictures: how much the seeds of one prompt differ.
+    """Mean of 1 - cosine over all pairs of pictures of one prompt: how much the pictures of different seeds differ.
 
     Args:
-        features: unit vectors of the pictures of one prompt (seeds, width), at least two.
+        features: unit vectors of the pictures (seeds, width), at least two.
 
     Returns:
-        0 (all the same) to 2.
+        From 0 (all the same) to 2.
     """
     pairs = torch.triu_indices(len(features), len(features), offset=1)
     return float((1 - (features @ features.T)[pairs[0], pairs[1]]).mean())
@@ -60,27 +61,27 @@ def diversity(features: Tensor) -> float:
 class Lpips:
     """LPIPS distance (Zhang et al., arXiv 1801.03924) by torchmetrics.
 
-    The calibration comes with torchmetrics, the ImageNet network from torchvision: downloaded at the first use (AlexNet 233 MB,
-    SqueezeNet 5 MB) into torch's hub folder.
+    The calibration comes with torchmetrics. The ImageNet network comes from torchvision, which downloads it at the first use
+    (AlexNet 233 MB, SqueezeNet 5 MB) into the hub folder of torch.
 
     Args:
         network: "alex", "vgg" or "squeeze".
         device: where to compute.
 
     Raises:
-        ConfigError: the network's weights are not there and cannot be downloaded.
+        ConfigError: the weights of the network are missing and cannot be downloaded.
     """
 
     def __init__(self, network: str = "alex", device: str | torch.device = "cpu"):
-        # Imported here: only this class needs it, and it belongs to the extra `score`.
+        # Imported here, because only this class needs torchmetrics, which belongs to the extra `score`.
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         try:
             self.metric = LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True).eval().to(device)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
-                f"LPIPS: the ImageNet weights of {network!r} are not in {torch.hub.get_dir()}/checkpoints and cannot be had "
-                f"({' '.join(str(error).split())[:120]}): leave LPIPS out, the distances of the other features need no download"
+                f"LPIPS: the ImageNet weights of {network!r} are not in {torch.hub.get_dir()}/checkpoints and cannot be "
+                f"downloaded ({one_line(error, 120)}): leave LPIPS out; the diversity by the other features needs no download"
             ) from error
 
     @torch.inference_mode()
@@ -99,16 +100,16 @@ class Lpips:
 def latent_distance(pictures: list[Image.Image], references: list[Image.Image], autoencoder: AutoencoderKL) -> float:
     """Root mean square difference between the latents of each picture and its own reference, averaged over the pairs.
 
-    The unit is the latents' deviation (`scaling_factor` applied): unrelated pictures are about 1.4 apart. Unlike CLIP-I it
-    compares place by place, which suits references that stand where the model draws.
+    The unit is the standard deviation of the latents (`scaling_factor` applied): unrelated pictures have a distance of about 1.4.
+    Unlike CLIP-I it compares position by position, which suits references that show the subject where the model draws it.
 
     Args:
         pictures: RGB pictures of one size.
-        references: as many, of the same size.
-        autoencoder: the base's.
+        references: one per picture, of the same size.
+        autoencoder: autoencoder of the base.
 
     Raises:
-        ConfigError: not as many references as pictures.
+        ConfigError: the numbers of pictures and references differ.
     """
     if len(pictures) != len(references):
         raise ConfigError(f"{len(pictures)} pictures and {len(references)} references: expected one reference per picture")

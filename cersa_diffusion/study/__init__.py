@@ -1,1 +1,1 @@
-"""Comparing methods fairly: tuned learning rates, seeds, other prompts for the scores, resumable, one report."""
+"""Fair comparison of methods: tuned learning rates, several seeds, separate test prompts, resumable, one report."""

@@ -1,4 +1,4 @@
-"""The cells of a comparison (subject x row x rate x seed), where their files are, and whether those belong to this study."""
+"""The cells of a comparison (subject x row x rate x seed), the places of their files, and the check of their settings."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,10 +19,10 @@ class Cell:
     """One model to be judged.
 
     Args:
-        subject: name.
-        row: name.
-        rate: learning rate; None where nothing is trained.
-        seed: of the training; None where nothing is trained.
+        subject: name of the subject.
+        row: name of the row.
+        rate: learning rate; None for a row that is not trained.
+        seed: seed of the training; None for a row that is not trained.
     """
 
     subject: str
@@ -32,88 +32,84 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder below the output, and what messages call it."""
-        tail = "" if self.rate is None else f"/lr-{self.rate:g}/seed-{self.seed}"
-        return f"{self.subject}/{self.row}{tail}"
+        """Folder of the cell below the output; messages use it as the name of the cell."""
+        training = "" if self.rate is None else f"/lr-{self.rate:g}/seed-{self.seed}"
+        return f"{self.subject}/{self.row}{training}"
 
     def folder(self, output: Path) -> Path:
-        """Folder of its files."""
+        """Folder of the files of the cell."""
         return output / "cells" / self.name
 
     def result_file(self, output: Path, part: str) -> Path:
-        """The scores of a part of the prompts; its presence says that this part is done."""
+        """File with the scores of a part of the prompts; the part is done if the file exists."""
         return self.folder(output) / f"{part}.json"
 
     def pictures(self, output: Path, part: str) -> Path:
-        """Folder of the pictures of a part ("validation", "test" or "drift")."""
+        """Folder with the pictures of a part ("validation", "test" or "drift")."""
         return self.folder(output) / part
 
 
 def base_cell(subject: str) -> Cell:
-    """The untouched base."""
+    """The cell of the untouched base."""
     return Cell(subject, BASE_ROW)
 
 
 def cell_settings(study: Study, cell: Cell, subject: Subject) -> dict:
-    """Everything that a cell's result depends on, as plain values: kept with the result, and compared before it is used."""
+    """Everything that determines the result of a cell, as plain values; saved with the result and compared before it is used."""
     row = study.row(cell.row)
-    return json.loads(
-        json.dumps(
-            {
-                "base": study.base,
-                "subject": subject.digest,
-                "method": row.method,
-                "settings": dict(row.settings),
-                "learning_rate": cell.rate,
-                "seed": cell.seed,
-                "training": dict(study.training),
-                "text_encoder_rate": study.text_encoder_rate,
-                "unique_token": study.unique_token,
-                "sampling": asdict(study.sampling),
-                "scoring": asdict(study.scoring),
-            }
-        )
-    )
+    settings = {
+        "base": study.base,
+        "subject": subject.digest,
+        "method": row.method,
+        "settings": dict(row.settings),
+        "learning_rate": cell.rate,
+        "seed": cell.seed,
+        "training": dict(study.training),
+        "text_encoder_rate": study.text_encoder_rate,
+        "unique_token": study.unique_token,
+        "sampling": asdict(study.sampling),
+        "scoring": asdict(study.scoring),
+    }
+    return json.loads(json.dumps(settings))
 
 
 def read_result(study: Study, cell: Cell, subject: Subject, path: Path) -> dict | None:
-    """A finished file of a cell; None if there is none yet.
+    """The content of a finished file of a cell; None if the file does not exist yet.
 
     Raises:
-        ConfigError: it was made with other settings.
+        ConfigError: the file cannot be read, or it was made with other settings.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}): delete it, and it is made anew") from error
-    expected, found = cell_settings(study, cell, subject), result.get("made_with", {})
-    changed = sorted(_differences(expected, found))
+        raise ConfigError(f"{path}: cannot be read ({error}): delete the file, and the next run makes it again") from error
+    changed = sorted(_changed_settings(cell_settings(study, cell, subject), result.get("made_with", {})))
     if changed:
         raise ConfigError(
-            f"{path}: made with another {', '.join(changed)} than the study now says: take the study back, choose another "
-            "--output, or delete this cell's folder"
+            f"{path}: it was made with other values of {', '.join(changed)} than the study has now: undo the change, "
+            "choose another --output, or delete the folder of this cell"
         )
     return result
 
 
-def _differences(expected: Mapping, found: Mapping, prefix: str = "") -> Iterator[str]:
-    for name in expected.keys() | found.keys():
-        one, other = expected.get(name), found.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{prefix}{name}.")
-        elif one != other:
+def _changed_settings(current: Mapping, saved: Mapping, prefix: str = "") -> Iterator[str]:
+    for name in current.keys() | saved.keys():
+        value, saved_value = current.get(name), saved.get(name)
+        if isinstance(value, dict) and isinstance(saved_value, dict):
+            yield from _changed_settings(value, saved_value, f"{prefix}{name}.")
+        elif value != saved_value:
             yield f"{prefix}{name}"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a kill or a power cut leaves the old one or the new one, never a half."""
+    """Writes a text file; after a kill or a power cut the file is the old one or the new one, and never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: object) -> None:
-    """The same for JSON."""
+    """Writes values as JSON in the same way."""
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

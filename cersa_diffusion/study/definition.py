@@ -1,4 +1,4 @@
-"""What a comparison is about: base, subjects, methods as named rows, seeds, rates to try, and everything they have in common."""
+"""The definition of a comparison: base, subjects, methods as named rows, seeds, candidate learning rates, and common settings."""
 
 import json
 import re
@@ -18,25 +18,27 @@ from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 BASE_ROW = "base"
 UNTRAINED = ("base", "truncated")
-# What `--rows` calls the two rows of matched memory, whose settings only the models can tell.
+# Name in `--rows` for the two rows of matched memory, whose settings are not known before the models are loaded.
 MATCHED = "matched"
-# What the study says itself, so that it is the same for all rows or differs by cell; not for its [training] table.
-_OWN = {"pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "dataset_name", "class_data_dir", "class_prompt",
-        "output_dir", "seed", "method", "learning_rate", "text_encoder_lr", "resume_from_checkpoint",
-        "num_train_epochs", "validation_prompt", "push_to_hub", "report_to"}  # fmt: skip
-# Measure -> whether more of it is better.
+# Settings that the [training] table must not contain: other parts of the study set them, or they differ between cells.
+_SET_ELSEWHERE = {
+    "pretrained_model_name_or_path", "instance_prompt", "instance_data_dir", "dataset_name", "class_data_dir",
+    "class_prompt", "output_dir", "seed", "method", "learning_rate", "text_encoder_lr", "resume_from_checkpoint",
+    "num_train_epochs", "validation_prompt", "push_to_hub", "report_to",
+}  # fmt: skip
+# Measure -> whether a higher value is better.
 SELECTABLE = {"distance": False, "clipscore": True, "clip_i": True, "similarity": True}
-_NAME = re.compile(r"[\w.@=+-]+")
+_ROW_NAME = re.compile(r"[\w.@=+-]+")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        name: of the row, and of its folder.
-        method: of `DreamBoothConfig`, or "base" or "truncated", which are not trained.
-        settings: of the method (alpha, rank, ...).
+        name: name of the row and of its folder.
+        method: a method of `DreamBoothConfig`, or "base" or "truncated", which are not trained.
+        settings: settings of the method (alpha, rank, ...).
         learning_rates: candidates.
     """
 
@@ -47,19 +49,19 @@ class Row:
 
     @property
     def trained(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the method needs a training."""
         return self.method not in UNTRAINED
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn, by every row alike; the scheduler is the base's.
+    """How pictures are drawn, in the same way for every row and with the scheduler of the base.
 
     Args:
-        steps: denoising steps.
-        guidance: classifier-free guidance.
-        pictures: of each prompt, from seeds that are the same for every row.
-        batch_size: pictures at once.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance.
+        pictures: number of pictures per prompt, from seeds that are the same for every row.
+        batch_size: number of pictures per batch.
     """
 
     steps: int = 25
@@ -70,11 +72,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What scores.
+    """The models that score.
 
     Args:
         clip: folder or hub id of a CLIP in transformers' format.
-        vision: folder or hub id of a vision transformer, for DINO or its like.
+        vision: folder or hub id of a vision transformer, such as DINO.
     """
 
     clip: str
@@ -83,12 +85,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class MatchedMemory:
-    """Two more rows, LoRA and CERSA, that take the same bytes in training.
+    """Two further rows, LoRA and CERSA, that take the same number of bytes in training.
 
     Args:
-        learning_rates: candidates by method, "lora" and "cersa".
-        lora_rank: whose bytes CERSA gets as its memory budget.
-        budget: instead: LoRA gets the highest rank that fits into it, and CERSA the bytes which that takes.
+        learning_rates: candidates of the methods "lora" and "cersa".
+        lora_rank: rank of LoRA; CERSA gets the bytes of this LoRA as its memory budget.
+        budget: instead of `lora_rank`: LoRA gets the highest rank that fits, and CERSA gets the bytes of this LoRA.
     """
 
     learning_rates: Mapping[Literal["lora", "cersa"], tuple[float, ...]]
@@ -101,19 +103,19 @@ class Study:
     """A comparison.
 
     Args:
-        root: folder that relative paths start from.
+        root: folder to which relative paths refer.
         base: folder or hub id of the base pipeline.
-        subjects: folders.
-        rows: the methods; the untouched base comes first by itself.
+        subjects: folders of the subjects.
+        rows: the methods; the untouched base is always the first row.
         scoring: the models that score.
-        training: settings of `DreamBoothConfig` that all trained rows share; max_train_steps at least.
+        training: settings of `DreamBoothConfig` that all trained rows share; max_train_steps is required.
         sampling: how pictures are drawn.
-        seeds: how many trainings of every row and subject.
-        tuning_subjects: names of the subjects that learning rates are picked on; None: the first one.
-        select_by: the measure that picks them, a key of `SELECTABLE`.
-        text_encoder_rate: learning rate of the text encoder as a part of the other.
-        unique_token: word that is left out of the prompts when they are scored.
-        matched_memory: two more rows, or None.
+        seeds: number of trainings for each row and subject.
+        tuning_subjects: names of the subjects whose scores choose the learning rates; None: the first subject.
+        select_by: the measure that chooses them, a key of `SELECTABLE`.
+        text_encoder_rate: learning rate of the text encoder, as a factor of the learning rate.
+        unique_token: word that is removed from the prompts before they are scored.
+        matched_memory: two further rows, or None.
     """
 
     root: Path
@@ -131,42 +133,42 @@ class Study:
     matched_memory: MatchedMemory | None = None
 
     def place(self, name_or_path: str) -> str:
-        """A path that starts from the study's folder; a hub id stays what it is."""
+        """The path relative to the folder of the study; a hub id is returned unchanged."""
         path = self.root / name_or_path
         return str(path) if path.exists() or name_or_path.startswith((".", "/")) else name_or_path
 
     def read_subjects(self) -> dict[str, Subject]:
-        """Name -> subject, in order.
+        """Name -> subject, in the order of the study.
 
         Raises:
-            ConfigError: a subject that cannot be used, or two of one name.
+            ConfigError: a subject cannot be used, or two subjects have the same name.
         """
-        found = [read_subject(Path(self.place(folder))) for folder in self.subjects]
-        names = [subject.name for subject in found]
+        subjects = [read_subject(Path(self.place(folder))) for folder in self.subjects]
+        names = [subject.name for subject in subjects]
         if len(set(names)) != len(names):
             raise ConfigError(f"subjects are called {', '.join(names)}: expected different names")
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, subjects, strict=True))
 
     def row(self, name: str) -> Row:
         """The row of this name."""
         return next(row for row in self.rows if row.name == name)
 
-    def config(self, row: Row, subject: Subject, **own) -> DreamBoothConfig:
-        """The settings of a training (of a truncated row: those of its truncation).
+    def config(self, row: Row, subject: Subject, **of_cell) -> DreamBoothConfig:
+        """The settings of a training; for a truncated row, the settings of its truncation.
 
         Args:
             row: the method.
-            subject: what is learned.
-            own: settings of the cell: learning_rate, seed, output_dir, class_data_dir.
+            subject: the subject to learn.
+            of_cell: settings of the cell: learning_rate, seed, output_dir, class_data_dir.
 
         Raises:
-            ConfigError: settings that cannot work.
+            ConfigError: the settings cannot be used.
         """
-        settings = {"checkpointing_steps": 100, "checkpoints_total_limit": 1} | dict(self.training) | dict(row.settings) | own
-        if settings.get("train_text_encoder", True) and "learning_rate" in own:
-            settings["text_encoder_lr"] = own["learning_rate"] * self.text_encoder_rate
+        settings = {"checkpointing_steps": 100, "checkpoints_total_limit": 1, **self.training, **row.settings, **of_cell}
+        if settings.get("train_text_encoder", True) and "learning_rate" in of_cell:
+            settings["text_encoder_lr"] = of_cell["learning_rate"] * self.text_encoder_rate
         if settings.get("with_prior_preservation"):
-            settings |= {"class_prompt": subject.class_prompt}
+            settings["class_prompt"] = subject.class_prompt
         else:
             settings.pop("class_data_dir", None)
         return DreamBoothConfig(
@@ -186,23 +188,23 @@ class Study:
     def from_dict(cls, values: dict) -> "Study":
         """The inverse of `to_dict`."""
         rows = tuple(Row(**row | {"learning_rates": tuple(row["learning_rates"])}) for row in values["rows"])
-        made = {"root": Path(values["root"]), "rows": rows, "subjects": tuple(values["subjects"])}
-        made |= {"sampling": Sampling(**values["sampling"]), "scoring": Scoring(**values["scoring"])}
-        made |= {"matched_memory": MatchedMemory(**values["matched_memory"]) if values["matched_memory"] else None}
-        made |= {"tuning_subjects": values["tuning_subjects"] and tuple(values["tuning_subjects"])}
-        return cls(**values | made)
+        converted = {"root": Path(values["root"]), "rows": rows, "subjects": tuple(values["subjects"])}
+        converted |= {"sampling": Sampling(**values["sampling"]), "scoring": Scoring(**values["scoring"])}
+        converted |= {"matched_memory": MatchedMemory(**values["matched_memory"]) if values["matched_memory"] else None}
+        converted |= {"tuning_subjects": values["tuning_subjects"] and tuple(values["tuning_subjects"])}
+        return cls(**values | converted)
 
 
 def read_study(path: str | Path, **changes) -> Study:
-    """A study from a TOML file.
+    """Reads a study from a TOML file.
 
     Args:
-        path: the file; paths in it start from its folder.
-        changes: instead of what the file says: `subjects` and `rows` (some of its names), `seeds`, `steps` (of training),
-            `lora_rank` or `budget` (of matched memory); None leaves it alone.
+        path: the file; the paths in it are relative to its folder.
+        changes: values that replace those of the file: `subjects` and `rows` (some of its names), `seeds`, `steps` (of the
+            training), `lora_rank` or `budget` (of matched memory); None keeps the value of the file.
 
     Raises:
-        ConfigError: the file cannot be read, or the study cannot be run as it is.
+        ConfigError: the file cannot be read, or the study cannot be run.
     """
     path = Path(path)
     try:
@@ -210,80 +212,78 @@ def read_study(path: str | Path, **changes) -> Study:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"study {path}: cannot be read as TOML ({error})") from error
     try:
-        study = _changed(_study(values, path.absolute().parent), **changes)
+        study = _replace_values(_study_from_toml(values, path.absolute().parent), **changes)
         check_study(study)
     except ConfigError as error:
         raise ConfigError(f"study {path}: {error}") from error
     return study
 
 
-def _study(values: dict, root: Path) -> Study:
+def _study_from_toml(values: dict, root: Path) -> Study:
     known = {f.name for f in fields(Study)} - {"root"}
     _check_keys(values, known, {"base", "subjects", "rows", "scoring", "training"}, "the study")
-    made = {name: _table(kind, values.get(name, {}), name) for name, kind in (("sampling", Sampling), ("scoring", Scoring))}
-    for name in ("subjects", "tuning_subjects"):
-        if name in values:
-            made[name] = tuple(_texts(values[name], name))
-    rows = [Row(BASE_ROW, BASE_ROW), *(_row(name, entry) for name, entry in _dict(values["rows"], "rows").items())]
+    converted = {name: _table(kind, values.get(name, {}), name) for name, kind in (("sampling", Sampling), ("scoring", Scoring))}
+    converted |= {name: tuple(_texts(values[name], name)) for name in ("subjects", "tuning_subjects") if name in values}
+    rows = [Row(BASE_ROW, BASE_ROW), *(_row_from_toml(name, row) for name, row in _dict(values["rows"], "rows").items())]
     if "matched_memory" in values:
         matched = dict(_dict(values["matched_memory"], "matched_memory"))
         matched["learning_rates"] = {
             method: _rates(matched.pop(f"{method}_learning_rates", None), f"matched_memory.{method}_learning_rates")
             for method in ("lora", "cersa")
         }
-        made["matched_memory"] = _table(MatchedMemory, matched, "matched_memory")
-    return Study(**values | made | {"root": root, "rows": tuple(rows), "training": _dict(values["training"], "training")})
+        converted["matched_memory"] = _table(MatchedMemory, matched, "matched_memory")
+    training = _dict(values["training"], "training")
+    return Study(**values | converted | {"root": root, "rows": tuple(rows), "training": training})
 
 
-def _changed(study: Study, *, subjects=None, rows=None, seeds=None, steps=None, lora_rank=None, budget=None) -> Study:
+def _replace_values(study: Study, *, subjects=None, rows=None, seeds=None, steps=None, lora_rank=None, budget=None) -> Study:
     if subjects is not None:
-        by_name = {read_subject(Path(study.place(folder))).name: folder for folder in study.subjects}
-        study = replace(study, subjects=tuple(by_name[name] for name in _some(subjects, by_name, "subjects")))
+        folders = {read_subject(Path(study.place(folder))).name: folder for folder in study.subjects}
+        study = replace(study, subjects=tuple(folders[name] for name in _chosen_names(subjects, folders, "subjects")))
     if rows is not None:
-        by_name = {row.name: row for row in study.rows}
-        chosen = dict.fromkeys(
-            [BASE_ROW, *_some(rows, by_name | dict.fromkeys([MATCHED] if study.matched_memory else []), "rows")]
-        )
+        rows_by_name = {row.name: row for row in study.rows}
+        known = rows_by_name | ({MATCHED: None} if study.matched_memory else {})
+        chosen = dict.fromkeys([BASE_ROW, *_chosen_names(rows, known, "rows")])
         matched = study.matched_memory if MATCHED in chosen else None
-        study = replace(study, rows=tuple(by_name[name] for name in chosen if name in by_name), matched_memory=matched)
+        study = replace(study, rows=tuple(rows_by_name[name] for name in chosen if name in rows_by_name), matched_memory=matched)
     if seeds is not None:
         study = replace(study, seeds=seeds)
     if steps is not None:
         study = replace(study, training=study.training | {"max_train_steps": steps})
     if lora_rank is not None or budget is not None:
         if study.matched_memory is None:
-            raise ConfigError("matched memory needs the learning rates of a [matched_memory] table")
+            raise ConfigError("lora_rank and budget need the learning rates of a [matched_memory] table")
         study = replace(study, matched_memory=replace(study.matched_memory, lora_rank=lora_rank, budget=budget))
     return study
 
 
-def _row(name: str, entry: object) -> Row:
-    entry = dict(_dict(entry, f"rows.{name}"))
-    method, rates = entry.pop("method", None), entry.pop("learning_rates", None)
+def _row_from_toml(name: str, row: object) -> Row:
+    settings = dict(_dict(row, f"rows.{name}"))
+    method, rates = settings.pop("method", None), settings.pop("learning_rates", None)
     if not isinstance(method, str) or method == BASE_ROW or name == BASE_ROW:
         raise ConfigError(
-            f"row {name}: method is {method!r}, expected one of the trainer's or 'truncated'; the base is a row anyway"
+            f"row {name}: method is {method!r}, expected a method of the trainer or 'truncated'; the base is always a row"
         )
-    if not _NAME.fullmatch(name) or name.startswith("."):
-        raise ConfigError(f"row {name!r} names a folder: expected letters, digits and . _ - + = @, no dot in front")
-    for setting in entry:
+    if not _ROW_NAME.fullmatch(name) or name.startswith("."):
+        raise ConfigError(f"row {name!r}: the name is also a folder name: expected letters, digits and . _ - + = @, no dot first")
+    for setting in settings:
         if setting not in READ_BY:
-            raise ConfigError(f"row {name}: {setting} is no setting of a method, expected some of {', '.join(READ_BY)}")
+            raise ConfigError(f"row {name}: {setting} is not a setting of a method, expected some of {', '.join(READ_BY)}")
     if method == "truncated":
         if rates is not None:
             raise ConfigError(f"row {name}: a truncated base is not trained: leave learning_rates out")
-        return Row(name, method, entry)
-    return Row(name, method, entry, _rates(rates, f"rows.{name}.learning_rates"))
+        return Row(name, method, settings)
+    return Row(name, method, settings, _rates(rates, f"rows.{name}.learning_rates"))
 
 
 def check_study(study: Study) -> None:
-    """Refuses a study that cannot be run; says so before anything is loaded or written.
+    """Refuses a study that cannot be run, before anything is loaded or written.
 
     Raises:
-        ConfigError: the first thing that is wrong, and what to do.
+        ConfigError: the first fault of the study, and what to do.
     """
     if not isinstance(study.seeds, int) or study.seeds < 1:
-        raise ConfigError(f"seeds is {study.seeds!r}, expected how many trainings each row gets, at least 1")
+        raise ConfigError(f"seeds is {study.seeds!r}, expected the number of trainings for each row, at least 1")
     for name in ("steps", "pictures", "batch_size", "guidance"):
         if not getattr(study.sampling, name) > 0:
             raise ConfigError(f"sampling.{name} is {getattr(study.sampling, name)}, expected more than 0")
@@ -295,13 +295,13 @@ def check_study(study: Study) -> None:
     subjects = study.read_subjects()
     if not subjects:
         raise ConfigError("subjects is empty, expected folders of subjects")
-    tuning = tuning_subjects(study, subjects)
+    names_for_tuning = tuning_subjects(study, subjects)
     if study.select_by not in SELECTABLE:
         raise ConfigError(f"select_by is {study.select_by!r}, expected one of {', '.join(SELECTABLE)}")
-    for name in tuning:
+    for name in names_for_tuning:
         if study.select_by == "distance" and not subjects[name].parts[VALIDATION].held_back:
             raise ConfigError(
-                f"select_by = 'distance' compares with held-back pictures, and subject {name} has none for the validation: "
+                f"select_by = 'distance' compares with held-back pictures, but subject {name} has none in its validation part: "
                 "expected 'similarity', 'clip_i' or 'clipscore'"
             )
     matched = study.matched_memory
@@ -309,40 +309,40 @@ def check_study(study: Study) -> None:
         raise ConfigError("matched_memory needs either lora_rank or budget")
     for row in study.rows:
         with warnings.catch_warnings():
-            # In a comparison a setting that does nothing is a mistake.
+            # In a comparison a setting without effect is a mistake.
             warnings.simplefilter("error")
             try:
                 for rate in row.learning_rates or (None,):
-                    own = {} if rate is None else {"learning_rate": rate}
-                    study.config(row, next(iter(subjects.values())), class_data_dir="class_pictures", **own)
+                    learning_rate = {} if rate is None else {"learning_rate": rate}
+                    study.config(row, next(iter(subjects.values())), class_data_dir="class_pictures", **learning_rate)
             except (ConfigError, UserWarning) as error:
                 raise ConfigError(f"row {row.name}: {error}") from error
 
 
 def tuning_subjects(study: Study, subjects: Mapping[str, Subject]) -> tuple[str, ...]:
-    """Names of the subjects that learning rates are picked on.
+    """Names of the subjects whose scores choose the learning rates.
 
     Raises:
-        ConfigError: a name that is no subject of the study.
+        ConfigError: a name is not a subject of the study.
     """
     if study.tuning_subjects is None:
         return (next(iter(subjects)),)
-    return tuple(_some(study.tuning_subjects, subjects, "tuning_subjects"))
+    return tuple(_chosen_names(study.tuning_subjects, subjects, "tuning_subjects"))
 
 
 def _check_training(study: Study) -> None:
     check_names(DreamBoothConfig, list(study.training))
     for name in study.training:
-        if name in _OWN or name in READ_BY:
-            where = "a row" if name in READ_BY or name in ("method", "learning_rate") else "the comparison"
-            raise ConfigError(f"training.{name} is for {where} to say, and not the same for all: leave it out of [training]")
+        if name in _SET_ELSEWHERE or name in READ_BY:
+            owner = "the row" if name in READ_BY or name in ("method", "learning_rate") else "the comparison"
+            raise ConfigError(f"training.{name} is set by {owner} and is not the same for all rows: leave it out of [training]")
     if "max_train_steps" not in study.training:
-        raise ConfigError("training.max_train_steps is missing: every row is trained for that many steps")
+        raise ConfigError("training.max_train_steps is missing: expected the number of steps for which every row is trained")
     if not study.text_encoder_rate > 0:
-        raise ConfigError(f"text_encoder_rate is {study.text_encoder_rate}, expected a part of the learning rate, more than 0")
+        raise ConfigError(f"text_encoder_rate is {study.text_encoder_rate}, expected a factor of the learning rate above 0")
 
 
-def _some(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
+def _chosen_names(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
     for name in names:
         if name not in known:
             raise ConfigError(f"{what}: there is no {name!r}, expected some of {', '.join(known)}")
@@ -378,8 +378,6 @@ def _check_keys(values: dict, known: set[str], needed: set[str], what: str) -> N
 
 
 def _table(kind: type, values: object, name: str):
-    values = _dict(values, name)
     known = {f.name for f in fields(kind)}
-    needed = {"clip", "vision"} & known
-    _check_keys(values, known, needed, f"[{name}]")
+    _check_keys(_dict(values, name), known, {"clip", "vision"} & known, f"[{name}]")
     return kind(**values)

@@ -1,4 +1,4 @@
-"""Running tasks: one after the other on this machine, or on several cores and machines by ray. Each is a process of its own."""
+"""Runs tasks, each in its own process: one after the other on this machine, or on several cores and machines with ray."""
 
 import os
 import shlex
@@ -18,9 +18,9 @@ class Task:
     """A command.
 
     Args:
-        name: what messages call it.
+        name: name of the task in messages.
         command: the program and its arguments.
-        log: file that takes what it says.
+        log: file for the output of the command.
     """
 
     name: str
@@ -28,21 +28,21 @@ class Task:
     log: Path
 
 
-# Runs tasks, and yields each when it is done.
+# Runs tasks and yields each task when it is done.
 Engine = Callable[[Sequence[Task]], Iterator[Task]]
 
 
 def run_task(task: Task) -> None:
-    """Runs a task to its end; interrupted, it lets the task write its checkpoint first.
+    """Runs a task to its end; after an interrupt it waits until the task has written its checkpoint.
 
     Raises:
-        CersaError: it failed.
+        CersaError: the task failed.
     """
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(task.command)}\n")
         log.flush()
-        # In a session of its own, so that Ctrl-C reaches it once: a second signal would cut the checkpoint short.
+        # In a new session, so that the process gets one signal after Ctrl-C: a second one would interrupt the checkpoint.
         process = subprocess.Popen(task.command, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait()
@@ -56,17 +56,14 @@ def run_task(task: Task) -> None:
 def _check(task: Task, code: int) -> None:
     if code:
         lines = task.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; all it said is in {task.log})")
+        raise CersaError(f"{task.name}: {lines[-1].removeprefix('error: ')} (exit code {code}; see {task.log} for the output)")
 
 
 def run_in_turn(tasks: Sequence[Task]) -> Iterator[Task]:
-    """Runs tasks one after the other.
-
-    Yields:
-        Each task when it is done.
+    """Runs tasks one after the other, and yields each task when it is done.
 
     Raises:
-        CersaError: a task failed; the ones after it are not started.
+        CersaError: a task failed; the tasks after it are not started.
     """
     for task in tasks:
         run_task(task)
@@ -74,21 +71,18 @@ def run_in_turn(tasks: Sequence[Task]) -> Iterator[Task]:
 
 
 def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
-    """Runs tasks on the ray cluster that RAY_ADDRESS names, else on the cores (or GPUs) of this machine.
+    """Runs tasks on the ray cluster of RAY_ADDRESS, or else on the cores (or GPUs) of this machine; yields each when it is done.
 
     Several machines need this package, the base and the output under the same paths, on a shared file system.
 
-    Yields:
-        Each task when it is done, in the order in which they end.
-
     Raises:
-        CersaError: a task failed; the others are stopped.
+        CersaError: a task failed; the other tasks are stopped.
     """
     import ray
     import torch
 
     def run_remotely(command: tuple[str, ...], log: str) -> int:
-        # Refers to nothing of this package: a worker that only waits for a process need not load torch.
+        # Uses nothing of this package, because a worker that only waits for a process does not need to load torch.
         with open(log, "a", encoding="utf-8") as file:
             return subprocess.call(command, stdout=file, stderr=file)
 
@@ -96,10 +90,10 @@ def run_with_ray(tasks: Sequence[Task]) -> Iterator[Task]:
     on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     if threading.current_thread() is threading.main_thread():
-        # ray has put a handler there that ends the program with a stack trace.
+        # The handler of ray would end the program with a stack trace.
         signal.signal(signal.SIGTERM, on_termination)
     try:
-        # As many threads each as the engine without ray would have: the last digits depend on it.
+        # Each task gets as many threads as without ray, because the last digits depend on the number of threads.
         remote = ray.remote(
             num_cpus=int(threads),
             num_gpus=1 if torch.cuda.is_available() else 0,
@@ -125,7 +119,7 @@ def find_engine(name: str) -> Engine:
     """The engine of this name.
 
     Raises:
-        ConfigError: it is unknown, or its package is not installed.
+        ConfigError: the engine is unknown, or its package is not installed.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")

@@ -1,4 +1,4 @@
-"""Drawing and scoring of one cell: the same prompts and seeds for every row."""
+"""Draws and scores the pictures of one cell, with the same prompts and seeds for every row."""
 
 import json
 from dataclasses import replace
@@ -16,58 +16,51 @@ from cersa_diffusion.study.cells import Cell, base_cell, write_json
 from cersa_diffusion.study.definition import Study
 from cersa_diffusion.study.subjects import TEST, VALIDATION, Subject
 
-# The validation draws from other noise, too.
+# Validation also uses other noise than the test.
 FIRST_SEED = {VALIDATION: 1000, TEST: 0, "drift": 0}
 BACKEND = "torchmetrics"
 PROMPTS_FILE = "prompts.json"
 
 
 def load_scorer(study: Study) -> Scorer:
-    """The models that score."""
+    """Loads the models that score."""
     return Scorer.load(study.place(study.scoring.clip), [BACKEND], vision=study.place(study.scoring.vision))
 
 
 def judge(study: Study, cell: Cell, subject: Subject, part: str, pipeline: DiffusionPipeline, output: Path) -> dict:
-    """Draws the prompts of a part, keeps the pictures and scores them; on the test part the drift prompts, too.
+    """Draws the prompts of a part with the model of a cell, saves the pictures to the output and scores them.
 
-    Args:
-        study: the comparison.
-        cell: whose model it is.
-        subject: of the cell.
-        part: "validation" or "test".
-        pipeline: the model, on the device that draws.
-        output: folder of the comparison.
+    The part is "validation" or "test"; for the test part it also draws the drift prompts. The pipeline draws on its device.
 
     Returns:
-        "measures", by name, and "vision", what the features of the vision transformer are called.
+        "measures": name -> value; "vision": the name of the features of the vision transformer.
     """
     prompts, scorer = subject.parts[part], load_scorer(study)
-    samples = _drawn(study, cell, part, prompts.prompts, pipeline, output)
+    samples = _draw_and_save(study, cell, part, prompts.prompts, pipeline, output)
     references = [load_picture(path) for path in subject.references(part)]
     drift = _drift(study, cell, subject, pipeline, output) if part == TEST and subject.drift_prompts else None
     scored = [replace(sample, prompt=without_token(sample.prompt, study.unique_token)) for sample in samples]
     means = scorer.evaluate(scored, references, drift).means
-    measures = {_measure(name, scorer.vision.label.lower().replace(" ", "_")): value for name, value in means.items()}
+    measures = {_measure_name(name, scorer.vision.label.lower().replace(" ", "_")): value for name, value in means.items()}
     if prompts.held_back:
         measures["distance"] = round(_distance(samples, prompts.held_back, pipeline), DIGITS)
     return {"measures": measures, "vision": scorer.vision.label}
 
 
-def _measure(name: str, vision: str) -> str:
-    """The comparison's name of a measure of the scorer: the same whichever models score."""
+def _measure_name(name: str, vision: str) -> str:
+    """The name that the comparison uses for a measure of the scorer; it does not depend on the models that score."""
     if name.startswith("clipscore_"):
         return "clipscore"
     return "similarity" if name == vision else name.replace(f"_{vision}", "_similarity")
 
 
-def _drawn(
+def _draw_and_save(
     study: Study, cell: Cell, part: str, prompts: tuple[str, ...], pipeline: DiffusionPipeline, output: Path
 ) -> list[Sample]:
-    sampling, first = study.sampling, FIRST_SEED[part]
-    samples = draw(
-        pipeline, prompts, range(first, first + sampling.pictures),
-        steps=sampling.steps, guidance=sampling.guidance, batch_size=sampling.batch_size,
-    )  # fmt: skip
+    sampling = study.sampling
+    seeds = range(FIRST_SEED[part], FIRST_SEED[part] + sampling.pictures)
+    settings = {"steps": sampling.steps, "guidance": sampling.guidance, "batch_size": sampling.batch_size}
+    samples = draw(pipeline, prompts, seeds, **settings)
     folder = cell.pictures(output, part)
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
@@ -77,7 +70,7 @@ def _drawn(
 
 
 def _drift(study: Study, cell: Cell, subject: Subject, pipeline: DiffusionPipeline, output: Path) -> Drift | None:
-    samples = _drawn(study, cell, "drift", subject.drift_prompts, pipeline, output)
+    samples = _draw_and_save(study, cell, "drift", subject.drift_prompts, pipeline, output)
     if cell == base_cell(cell.subject):
         return None
     base = read_pictures(base_cell(cell.subject).pictures(output, "drift"))
@@ -85,7 +78,7 @@ def _drift(study: Study, cell: Cell, subject: Subject, pipeline: DiffusionPipeli
 
 
 def _distance(samples: list[Sample], held_back: dict[str, Path], pipeline: DiffusionPipeline) -> float:
-    """Mean latent distance of the pictures of held-back prompts to the picture that was held back for just that prompt."""
+    """Mean latent distance between the pictures of held-back prompts and the pictures that were held back for these prompts."""
     pairs = [
         (sample.picture, load_picture(held_back[sample.prompt]).resize(sample.picture.size, Image.Resampling.BOX))
         for sample in samples
@@ -95,5 +88,5 @@ def _distance(samples: list[Sample], held_back: dict[str, Path], pipeline: Diffu
 
 
 def read_pictures(folder: Path) -> dict[str, Image.Image]:
-    """File name -> picture of what a cell has drawn."""
+    """File name -> picture, for the pictures that a cell has drawn."""
     return {name: load_picture(folder / name) for name in json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))}

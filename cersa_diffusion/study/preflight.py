@@ -1,4 +1,4 @@
-"""What only the models can tell, before the first training: that they load, that prompts fit, which ranks take the same bytes."""
+"""Checks that need the models, before the first training: they load, the prompts fit, and which ranks take the same bytes."""
 
 import json
 import warnings
@@ -25,30 +25,22 @@ from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 
 def preflight(study: Study, path: Path) -> None:
-    """Loads everything once; writes the rows that matched memory adds, and what there is to warn of, or the error.
-
-    Args:
-        study: the comparison.
-        path: file for that, as JSON.
-    """
+    """Loads all models once; writes the rows of matched memory or the error, and the warnings, as JSON to `path`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            found = {"rows": [vars(row) for row in check_models(study)]}
+            outcome = {"rows": [vars(row) for row in check_models(study)]}
         except CersaError as error:
-            found = {"error": str(error)}
-    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    write_json(path, found | {"warnings": list(dict.fromkeys(said))})
+            outcome = {"error": str(error)}
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    write_json(path, outcome | {"warnings": list(dict.fromkeys(messages))})
 
 
 def check_models(study: Study) -> list[Row]:
-    """Loads base and scoring models; returns the rows of matched memory.
-
-    Args:
-        study: the comparison.
+    """Loads the base and the models that score; returns the rows of matched memory.
 
     Raises:
-        CersaError: a model cannot be loaded, or the bytes of matched memory cannot be met.
+        CersaError: a model cannot be loaded, or no rank fits the bytes of matched memory.
     """
     base, scorer = load_base(study.place(study.base)), load_scorer(study)
     subjects = study.read_subjects()
@@ -63,12 +55,12 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     """LoRA and CERSA with the same bytes of weights, gradients and optimizer state of the trained components.
 
     Args:
-        study: the comparison; its `matched_memory` says whose bytes.
+        study: the comparison; its `matched_memory` gives the rank or the budget.
         base: the base pipeline.
         config: the settings that all rows share.
 
     Raises:
-        ConfigError: a budget that no LoRA fits into, or bytes too few for CERSA.
+        ConfigError: no LoRA fits the budget, or the bytes are too few for CERSA.
     """
     matched = study.matched_memory
     if matched is None:
@@ -78,7 +70,7 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
     rank = matched.lora_rank or _highest_rank(lora_bytes, parse_bytes(matched.budget, "matched_memory.budget"))
     budget = str(lora_bytes(rank))
     method = CersaMethod(replace(config, memory_budget=budget), config.targets)
-    # Found here rather than in the middle of the comparison; the decompositions stay in the cache.
+    # A budget that is too small fails here and not in the middle of the comparison; the decompositions stay in the cache.
     method.plan(components, PRECISIONS[config.mixed_precision])
     return [
         Row("lora-matched", "lora", {"rank": rank}, tuple(matched.learning_rates["lora"])),
@@ -87,7 +79,7 @@ def matched_rows(study: Study, base: DiffusionPipeline, config: DreamBoothConfig
 
 
 def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -> Callable[[int], int]:
-    """Rank -> bytes of LoRA, as the memory plan counts them."""
+    """A function from the rank to the bytes of LoRA, as the memory plan counts them."""
     targets = config.targets
     linears = {
         f"{component}.{name}": layer
@@ -103,7 +95,7 @@ def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -
 def _highest_rank(lora_bytes: Callable[[int], int], budget: int) -> int:
     if lora_bytes(1) > budget:
         raise ConfigError(
-            f"matched_memory.budget is {budget / 1e6:.1f} MB, LoRA of rank 1 takes {lora_bytes(1) / 1e6:.1f}: raise the budget"
+            f"matched_memory.budget is {budget / 1e6:.1f} MB, LoRA of rank 1 takes {lora_bytes(1) / 1e6:.1f} MB: raise the budget"
         )
     rank = 1
     while lora_bytes(rank + 1) <= budget:
@@ -115,11 +107,11 @@ def read_preflight(path: Path) -> tuple[Row, ...]:
     """The rows that a preflight wrote; repeats its warnings.
 
     Raises:
-        ConfigError: what the preflight found wrong.
+        ConfigError: the preflight ended with an error.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for message in found["warnings"]:
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    for message in outcome["warnings"]:
         warnings.warn(message, stacklevel=2)
-    if "error" in found:
-        raise ConfigError(found["error"])
-    return tuple(Row(**entry | {"learning_rates": tuple(entry["learning_rates"])}) for entry in found["rows"])
+    if "error" in outcome:
+        raise ConfigError(outcome["error"])
+    return tuple(Row(**row | {"learning_rates": tuple(row["learning_rates"])}) for row in outcome["rows"])

@@ -1,4 +1,4 @@
-"""A subject of a comparison: pictures to learn, and prompts and pictures that are kept for the judging, in two disjoint parts."""
+"""A subject of a comparison: pictures to learn, and two disjoint parts of prompts and held-back pictures for the scores."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.pictures import picture_fault, picture_paths
 
 SUBJECT_FILE = "subject.json"
-# The parts of the prompts: one picks learning rates, the other makes the table.
+# The parts of the prompts: validation chooses the learning rates, test gives the table.
 VALIDATION, TEST = "validation", "test"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of the subject that are judged together.
+    """Prompts of the subject that are scored together.
 
     Args:
-        prompts: different from each other.
-        held_back: prompt -> the picture that it describes, which no training sees; for some of the prompts.
+        prompts: all different.
+        held_back: prompt -> the picture that it describes, for some of the prompts; no training sees these pictures.
     """
 
     prompts: tuple[str, ...]
@@ -32,13 +32,13 @@ class Subject:
     """A subject.
 
     Args:
-        name: its name in tables and folders.
+        name: name in tables and folders.
         instance_data_dir: folder of the pictures to learn.
-        instance_prompt: what they are learned with.
-        class_prompt: what prior preservation draws.
+        instance_prompt: prompt of these pictures in the training.
+        class_prompt: prompt of the class pictures for prior preservation.
         parts: "validation" and "test" -> their prompts.
         drift_prompts: prompts without the subject; may be empty.
-        digest: a hash of everything above, pictures included.
+        digest: a hash of everything above, including the pictures.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Subject:
     digest: str
 
     def references(self, part: str) -> list[Path]:
-        """Pictures that show the subject as it is: those held back for this part, else those it was learned from."""
+        """Pictures that show the subject: those held back for this part, or else the pictures to learn."""
         return list(self.parts[part].held_back.values()) or picture_paths(self.instance_data_dir, self.name)
 
 
@@ -58,11 +58,11 @@ def read_subject(folder: Path) -> Subject:
     """Reads the subject.json of a folder.
 
     Args:
-        folder: with `instance_prompt`, `class_prompt`, `evaluation_prompts` and, if there are any, `held_back` (a list of
-            `prompt` and `file`), `drift_prompts` and `name` in its subject.json, and the pictures to learn in `instance/`.
+        folder: a folder with the pictures to learn in `instance/`, and a subject.json with `instance_prompt`, `class_prompt`,
+            `evaluation_prompts`, and optionally `held_back` (a list of `prompt` and `file`), `drift_prompts` and `name`.
 
     Raises:
-        ConfigError: something of that is missing or cannot be read.
+        ConfigError: one of these is missing or cannot be read.
     """
     path = folder / SUBJECT_FILE
     try:
@@ -89,20 +89,20 @@ def read_subject(folder: Path) -> Subject:
 
 
 def _split(evaluation: list[str], held_back: dict[str, Path], folder: Path) -> dict[str, PromptSet]:
-    """Validation gets the first half of the held-back pictures, without any the first third of the prompts; test the rest."""
+    """Validation gets the first half of the held-back pictures, or, if there are fewer than two, a third of the prompts."""
     if len(held_back) > 1:
-        chosen = list(held_back)[: len(held_back) // 2]
+        validation = list(held_back)[: len(held_back) // 2]
     else:
-        chosen = [prompt for prompt in evaluation if prompt not in held_back][: (len(evaluation) + 2) // 3]
-    rest = [prompt for prompt in dict.fromkeys([*evaluation, *held_back]) if prompt not in chosen]
-    if not chosen or not rest:
+        validation = [prompt for prompt in evaluation if prompt not in held_back][: (len(evaluation) + 2) // 3]
+    test = [prompt for prompt in dict.fromkeys([*evaluation, *held_back]) if prompt not in validation]
+    if not validation or not test:
         raise ConfigError(
             f"subject {folder}: {len(evaluation)} evaluation_prompts and {len(held_back)} held_back pictures do not make two "
             "parts, validation and test: expected at least two different prompts"
         )
     return {
         part: PromptSet(tuple(prompts), {prompt: held_back[prompt] for prompt in prompts if prompt in held_back})
-        for part, prompts in ((VALIDATION, chosen), (TEST, rest))
+        for part, prompts in ((VALIDATION, validation), (TEST, test))
     }
 
 
@@ -113,9 +113,7 @@ def _prompts(entries: object, name: str, folder: Path) -> list[str]:
 
 
 def _held_back(entries: object, folder: Path) -> dict[str, Path]:
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and {"prompt", "file"} <= set(entry) for entry in entries
-    ):
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"prompt", "file"} <= set(e) for e in entries):
         raise ConfigError(f"subject {folder}: held_back has to be a list of objects with prompt and file")
     held_back = {entry["prompt"]: folder / entry["file"] for entry in entries}
     if len(held_back) != len(entries):

@@ -1,8 +1,9 @@
-"""The table of a comparison: mean and spread of every measure for every row, as CSV, Markdown and JSON."""
+"""The table of a comparison: mean and spread of every measure for each row, as CSV, Markdown and JSON."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from cersa_diffusion.metrics.evaluation import DIGITS
@@ -17,14 +18,14 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Measure:
-    """A column.
+    """A column of the table.
 
     Args:
-        name: in results and files.
-        title: in tables; "{vision}" stands for what the vision transformer is.
-        better: "higher", "lower", or nothing.
-        digits: after the point.
-        unit: by which the value is divided.
+        name: name in results and files.
+        title: title in tables; "{vision}" stands for the name of the features of the vision transformer.
+        better: "higher", "lower", or empty.
+        digits: number of decimals.
+        unit: divisor of the value.
     """
 
     name: str
@@ -50,7 +51,7 @@ SIZES = (
     Measure("trained_bytes", "bytes trained, MiB", "", 1, 2**20),
     Measure("file_bytes", "file, MiB", "", 2, 2**20),
 )
-# What no second run repeats to the last digit: in files of their own, so that the table is the same byte for byte.
+# A second run gives other values; the costs have their own files, so that the table is the same byte for byte.
 COSTS = (
     Measure("seconds", "training, s", "", 0),
     Measure("prepare_seconds", "preparing, s", "", 1),
@@ -60,12 +61,12 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure of a row.
+    """The values of a measure in a row.
 
     Args:
-        mean: over the cells.
-        spread: their sample standard deviation; None of a single cell.
-        values: of the cells, by subject and seed.
+        mean: mean over the cells.
+        spread: sample standard deviation over the cells; None for a single cell.
+        values: values of the cells, by subject and seed.
     """
 
     mean: float
@@ -74,22 +75,22 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        """From the values of the cells."""
+        """The figure of the values of the cells."""
         spread = round(statistics.stdev(values), DIGITS) if len(values) > 1 else None
         return cls(round(statistics.fmean(values), DIGITS), spread, tuple(values))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row over one subject or over all.
+    """A row for one subject or for all subjects.
 
     Args:
-        row: its name.
-        subject: its name, or "all".
+        row: name of the row.
+        subject: name of the subject, or "all".
         rate: learning rate, or None.
-        figures: measure -> its figure; without those that cannot be measured.
-        cells: how many cells were scored.
-        diverged: how many trainings had a loss that was not finite.
+        figures: measure -> its figure, without measures that do not apply.
+        cells: number of scored cells.
+        diverged: number of trainings whose loss was not finite.
     """
 
     row: str
@@ -102,9 +103,8 @@ class Line:
     def to_dict(self) -> dict:
         """Everything but the costs, as plain values for JSON."""
         costs = {measure.name for measure in COSTS}
-        figures = {name: vars(figure) | {"values": list(figure.values)} for name, figure in self.figures.items()}
-        shown = {name: figure for name, figure in figures.items() if name not in costs}
-        return vars(self) | {"figures": shown}
+        figures = {name: figure for name, figure in self.figures.items() if name not in costs}
+        return vars(self) | {"figures": {k: vars(figure) | {"values": list(figure.values)} for k, figure in figures.items()}}
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Table:
     """The table; ``str()`` is Markdown.
 
     Args:
-        lines: by row, first over all subjects, then subject by subject.
-        vision: what the vision transformer's features are called.
-        choices: how the learning rates were picked.
+        lines: for each row the line over all subjects, then a line for each subject.
+        vision: name of the features of the vision transformer.
+        choices: row -> its learning rate and the scores of the candidates.
     """
 
     lines: Sequence[Line]
@@ -122,11 +122,11 @@ class Table:
     choices: Mapping[str, Choice]
 
     def title(self, measure: Measure) -> str:
-        """Heading of a column."""
+        """Title of a column."""
         return measure.title.format(vision=self.vision)
 
     def measured(self, measures: Sequence[Measure]) -> list[Measure]:
-        """Those of the measures that any row has."""
+        """The measures that at least one row has."""
         return [measure for measure in measures if any(measure.name in line.figures for line in self.lines)]
 
     def of(self, subject: str) -> list[Line]:
@@ -134,36 +134,28 @@ class Table:
         return [line for line in self.lines if line.subject == subject]
 
     def render(self, measures: Sequence[Measure], subject: str = ALL) -> str:
-        """A table in Markdown: mean ± spread.
-
-        Args:
-            measures: its columns.
-            subject: whose lines.
-        """
+        """The lines of a subject as a table in Markdown: mean ± spread of the measures."""
         measures = self.measured(measures)
         header = ["", "rate", *(self.title(measure) for measure in measures)]
         rows = [
-            [self._label(line), f"{line.rate:g}" if line.rate else "-", *(cell(line, measure) for measure in measures)]
+            [
+                f"{line.row} ({line.diverged} diverged)" if line.diverged else line.row,
+                f"{line.rate:g}" if line.rate else "-",
+                *(cell(line, measure) for measure in measures),
+            ]
             for line in self.of(subject)
         ]
         return table(header, rows, markdown=True)
 
-    def _label(self, line: Line) -> str:
-        return f"{line.row} ({line.diverged} diverged)" if line.diverged else line.row
-
     def __str__(self) -> str:
-        parts = [self.render((*SCORES, *SIZES))]
+        tables = [self.render((*SCORES, *SIZES))]
         subjects = list(dict.fromkeys(line.subject for line in self.lines if line.subject != ALL))
         if len(subjects) > 1:
-            parts += [f"{subject}:\n\n{self.render(SCORES, subject)}" for subject in subjects]
-        return "\n\n".join(parts)
+            tables += [f"{subject}:\n\n{self.render(SCORES, subject)}" for subject in subjects]
+        return "\n\n".join(tables)
 
     def write(self, output: Path) -> None:
-        """Writes table.md, table.csv and table.json, and the costs as costs.md and costs.csv.
-
-        Args:
-            output: the folder.
-        """
+        """Writes table.md, table.csv and table.json, and the costs as costs.md and costs.csv."""
         write_atomically(output / "table.md", f"{self}\n")
         write_atomically(output / "table.csv", self._csv((*SCORES, *SIZES)))
         write_atomically(output / "costs.md", f"{self.render(COSTS)}\n")
@@ -187,58 +179,46 @@ class Table:
 
 
 def cell(line: Line, measure: Measure) -> str:
-    """Mean and spread in words; a dash for what was not measured.
-
-    Args:
-        line: the row.
-        measure: the column.
-    """
+    """Mean and spread as text; a dash for a measure that the line does not have."""
     figure = line.figures.get(measure.name)
     if figure is None:
         return "-"
     mean = f"{figure.mean / measure.unit:.{measure.digits}f}"
-    # What does not depend on the seed needs no spread.
+    # The sizes do not depend on the seed.
     return f"{mean} ± {figure.spread / measure.unit:.{measure.digits}f}" if figure.spread and measure not in SIZES else mean
 
 
 def collect(study: Study, subjects: Mapping[str, Subject], choices: Mapping[str, Choice], output: Path) -> Table:
-    """The table of a finished comparison.
-
-    Args:
-        study: the comparison.
-        subjects: all of them by name.
-        choices: the learning rates.
-        output: its folder.
-    """
+    """The table of a finished comparison, from the files in its folder."""
     lines = []
     for row in study.rows:
         rate = choices[row.name].rate if row.trained else None
         seeds = range(study.seeds) if row.trained else (None,)
-        by_subject = {
-            name: [_values(study, Cell(name, row.name, rate, seed), subject, output) for seed in seeds]
+        values = {
+            name: [_values_of_cell(study, Cell(name, row.name, rate, seed), subject, output) for seed in seeds]
             for name, subject in subjects.items()
         }
-        lines.append(_line(row.name, ALL, rate, [cell for cells in by_subject.values() for cell in cells]))
-        lines += [_line(row.name, name, rate, cells) for name, cells in by_subject.items()]
+        lines.append(_line(row.name, ALL, rate, list(chain.from_iterable(values.values()))))
+        lines += [_line(row.name, name, rate, values_of_subject) for name, values_of_subject in values.items()]
     name, subject = next(iter(subjects.items()))
     vision = read_result(study, base_cell(name), subject, base_cell(name).result_file(output, TEST))["vision"]
     return Table(lines, vision, choices)
 
 
-def _values(study: Study, cell: Cell, subject: Subject, output: Path) -> dict[str, float] | None:
-    """Measure -> value of a cell, costs included; None where its training diverged."""
+def _values_of_cell(study: Study, cell: Cell, subject: Subject, output: Path) -> dict[str, float] | None:
+    """Measure -> value of a cell, including sizes and costs; None if its training diverged."""
     result = read_result(study, cell, subject, cell.result_file(output, TEST))
     if "failed" in result:
         return None
     costs = {}
     if cell.rate is not None:
-        facts = read_result(study, cell, subject, cell.folder(output) / TRAINING_FILE)
-        costs = {measure.name: facts[measure.name] for measure in (*SIZES, *COSTS)}
+        training = read_result(study, cell, subject, cell.folder(output) / TRAINING_FILE)
+        costs = {measure.name: training[measure.name] for measure in (*SIZES, *COSTS)}
     return result["measures"] | costs
 
 
 def _line(row: str, subject: str, rate: float | None, cells: Sequence[Mapping[str, float] | None]) -> Line:
-    scored = [cell for cell in cells if cell is not None]
-    names = [m.name for m in (*SCORES, *SIZES, *COSTS) if scored and all(m.name in cell for cell in scored)]
-    figures = {name: Figure.of([cell[name] for cell in scored]) for name in names}
+    scored = [values for values in cells if values is not None]
+    names = [m.name for m in (*SCORES, *SIZES, *COSTS) if scored and all(m.name in values for values in scored)]
+    figures = {name: Figure.of([values[name] for values in scored]) for name in names}
     return Line(row, subject, rate, figures, len(scored), len(cells) - len(scored))

@@ -1,4 +1,4 @@
-"""Picking every row's learning rate on the validation prompts, so that no method is judged at the rate of another."""
+"""Chooses the learning rate of every row on the validation prompts, so that each method is scored at its own best rate."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from cersa_diffusion.study.cells import Cell, read_result
 from cersa_diffusion.study.definition import SELECTABLE, Row, Study
 from cersa_diffusion.study.subjects import VALIDATION, Subject
 
-# The seed of the trainings that the rates are picked by; they are used again for the table.
+# Seed of the trainings that choose the learning rates; the table uses these trainings again.
 TUNING_SEED = 0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A row's learning rate, and what it was picked from.
+    """The learning rate of a row, and the scores of its candidates.
 
     Args:
-        rate: the chosen one.
-        scores: candidate -> its mean on the validation prompts; None where the training diverged. Empty without a choice.
+        rate: the chosen learning rate.
+        scores: candidate -> its mean on the validation prompts, or None if a training diverged; empty for a single candidate.
     """
 
     rate: float
@@ -27,12 +27,12 @@ class Choice:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best candidate is the smallest or the largest: a better one may lie beyond."""
+        """Whether the best candidate is the smallest or the largest; a better rate may then lie outside the candidates."""
         return len(self.scores) > 1 and self.rate in (min(self.scores), max(self.scores))
 
 
 def tuning_cells(rows: Sequence[Row], subjects: Sequence[str]) -> list[Cell]:
-    """The cells that are scored on validation prompts: every candidate of the rows that have several."""
+    """The cells that are scored on the validation prompts: all candidates of the rows with several candidates."""
     return [
         Cell(subject, row.name, rate, TUNING_SEED)
         for row in rows
@@ -45,12 +45,12 @@ def tuning_cells(rows: Sequence[Row], subjects: Sequence[str]) -> list[Cell]:
 def choose_rates(
     study: Study, subjects: Mapping[str, Subject], tuning_subjects: Sequence[str], output: Path
 ) -> dict[str, Choice]:
-    """Row -> its learning rate: the candidate with the best mean over the tuning subjects, of equal ones the lower.
+    """Row -> its learning rate: the candidate with the best mean over the tuning subjects, or the lowest of equal candidates.
 
     Args:
         study: the comparison.
-        subjects: all of them by name.
-        tuning_subjects: names of those whose validation prompts decide.
+        subjects: all subjects by name.
+        tuning_subjects: names of the subjects whose validation prompts decide.
         output: folder with the results of `tuning_cells`.
     """
     choices = {}
@@ -58,7 +58,8 @@ def choose_rates(
         if len(row.learning_rates) == 1:
             choices[row.name] = Choice(row.learning_rates[0], {})
             continue
-        scores = {rate: _score(study, row, rate, subjects, tuning_subjects, output) for rate in row.learning_rates}
+        cells = {rate: [Cell(name, row.name, rate, TUNING_SEED) for name in tuning_subjects] for rate in row.learning_rates}
+        scores = {rate: _mean_score(study, cells[rate], subjects, output) for rate in row.learning_rates}
         valid = {rate: score for rate, score in scores.items() if score is not None}
         sign = 1 if SELECTABLE[study.select_by] else -1
         best = max(valid, key=lambda rate: (sign * valid[rate], -rate)) if valid else min(scores)
@@ -66,14 +67,11 @@ def choose_rates(
     return choices
 
 
-def _score(
-    study: Study, row: Row, rate: float, subjects: Mapping[str, Subject], tuning_subjects: Sequence[str], output: Path
-) -> float | None:
-    values = []
-    for name in tuning_subjects:
-        cell = Cell(name, row.name, rate, TUNING_SEED)
-        result = read_result(study, cell, subjects[name], cell.result_file(output, VALIDATION))
+def _mean_score(study: Study, cells: Sequence[Cell], subjects: Mapping[str, Subject], output: Path) -> float | None:
+    scores = []
+    for cell in cells:
+        result = read_result(study, cell, subjects[cell.subject], cell.result_file(output, VALIDATION))
         if "failed" in result:
             return None
-        values.append(result["measures"][study.select_by])
-    return statistics.fmean(values)
+        scores.append(result["measures"][study.select_by])
+    return statistics.fmean(scores)

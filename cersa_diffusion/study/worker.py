@@ -1,4 +1,4 @@
-"""One cell in a process of its own: trains what is not trained yet, draws and scores. Started by the engines."""
+"""Trains, draws and scores one cell in its own process, as far as this is not done yet. Started by the engines."""
 
 import argparse
 import json
@@ -41,10 +41,10 @@ CLOCK_FILE = "clock.json"
 
 
 class Clock(TrainingCallback):
-    """Seconds and peak memory of a training over all the calls that it took, kept with its checkpoints.
+    """Seconds and peak memory of a training, added up over its interrupted runs.
 
     Args:
-        path: file of what was measured up to each checkpoint.
+        path: file with the values at each checkpoint.
     """
 
     def __init__(self, path: Path):
@@ -66,36 +66,33 @@ class Clock(TrainingCallback):
 
 
 def train(config: DreamBoothConfig, folder: Path) -> dict:
-    """Trains a cell, from its newest checkpoint if it was cut off.
+    """Trains a cell and returns its sizes and costs; an interrupted training goes on from its newest checkpoint.
 
     Args:
         config: the settings.
-        folder: of the cell.
-
-    Returns:
-        What was trained and what it took.
+        folder: folder of the cell.
     """
-    run, clock = Path(config.output_dir), Clock(folder / CLOCK_FILE)
-    if (run / RESULT_FILE).is_file():
-        result, before = TrainResult.read(run), {"seconds": 0.0, "peak": 0}
+    run_folder, clock = Path(config.output_dir), Clock(folder / CLOCK_FILE)
+    if (run_folder / RESULT_FILE).is_file():
+        result, earlier = TrainResult.read(run_folder), {"seconds": 0.0, "peak": 0}
     else:
         result = train_dreambooth(config, [ProgressBar(config), clock])
-        before = clock.before
-    for checkpoint in run.glob("checkpoint-*"):
+        earlier = clock.before
+    for checkpoint in run_folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {
         "weights": os.path.relpath(result.weights_path, folder),
         "trainable_parameters": result.trainable_parameters,
         "trained_bytes": result.weight_bytes + result.gradient_bytes + result.optimizer_bytes,
         "file_bytes": result.file_bytes,
-        "seconds": round(before["seconds"] + result.seconds, 2),
+        "seconds": round(earlier["seconds"] + result.seconds, 2),
         "prepare_seconds": round(result.decompose_seconds, 2),
-        "peak_memory_bytes": max(result.peak_memory_bytes, before["peak"]),
+        "peak_memory_bytes": max(result.peak_memory_bytes, earlier["peak"]),
     }
 
 
 def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
-    """The base, which also draws the class pictures that all trainings share, or the truncated base."""
+    """The truncated base, or the untouched base, which first draws the class pictures that all trainings share."""
     pipeline, row = load_base(study.place(study.base)), study.row(cell.row)
     config = study.config(row, subject, class_data_dir=_class_pictures(cell, output))
     if cell == base_cell(cell.subject):
@@ -112,31 +109,23 @@ def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> 
 
 
 def open_trained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
-    """The cell's model in a fresh pipeline, trained first if it is not yet."""
+    """The model of the cell in a new pipeline; trains it if this is not done yet."""
     folder, row = cell.folder(output), study.row(cell.row)
     if not (folder / TRAINING_FILE).is_file():
         config = study.config(
             row, subject, learning_rate=cell.rate, seed=cell.seed, output_dir=str(folder / "run"),
             class_data_dir=_class_pictures(cell, output),
         )  # fmt: skip
-        facts = train(config, folder)
-        write_json(folder / TRAINING_FILE, facts | {"made_with": cell_settings(study, cell, subject)})
-    facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-    return load_result(row.method, folder / facts["weights"], study.place(study.base))
+        write_json(folder / TRAINING_FILE, train(config, folder) | {"made_with": cell_settings(study, cell, subject)})
+    training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    return load_result(row.method, folder / training["weights"], study.place(study.base))
 
 
 def run_cell(study: Study, cell: Cell, part: str, output: Path) -> None:
-    """Does what is missing of a part of a cell; a training whose loss is not finite is a result, too.
-
-    Args:
-        study: the comparison.
-        cell: the cell.
-        part: "validation" or "test".
-        output: folder of the comparison.
-    """
+    """Runs the missing steps of a part ("validation" or "test") of a cell; records a training whose loss is not finite, too."""
     path = cell.result_file(output, part)
     cell.folder(output).mkdir(parents=True, exist_ok=True)
-    # A process that a killed comparison left behind may still be at it.
+    # A process of a killed comparison may still be working on this cell.
     with FileLock(cell.folder(output) / "lock"):
         if path.exists():
             return
@@ -156,10 +145,10 @@ def _class_pictures(cell: Cell, output: Path) -> str:
 
 
 def main() -> None:
-    """The command line that the engines use."""
+    """The command line for the engines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path, help="study.json")
-    parser.add_argument("--preflight", type=Path, help="only check that everything loads; write the rows of matched memory there")
+    parser.add_argument("--preflight", type=Path, help="only load all models, and write the rows of matched memory to this file")
     parser.add_argument("--cell", help="subject, row, rate and seed, as JSON")
     parser.add_argument("--part", help="validation or test")
     parser.add_argument("--output", type=Path, help="folder of the comparison")

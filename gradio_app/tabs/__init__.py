@@ -1,1 +1,1 @@
-"""The tabs of the page: components and their events. What they do is in the modules above."""
+"""The tabs of the page: components and their events. Their functions use the modules of the folder above."""

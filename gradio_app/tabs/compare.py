@@ -1,4 +1,4 @@
-"""The Compare tab: the same prompts and seeds by the untouched base and by any runs, side by side."""
+"""The Compare tab: pictures of the untouched base and of any runs side by side, with the same prompts and seeds."""
 
 import html
 import json
@@ -18,10 +18,10 @@ from gradio_app.state import App
 from gradio_app.tabs.notes import QUIET, new_note, on, say
 from gradio_app.view import comparison_table, grid_picture, headings_of, size_text
 
-# Columns that are ticked when the page opens: the base and, after `make demo`, its three methods.
+# Number of columns that are chosen when the page opens: the base and, after `make demo`, its three methods.
 CHOSEN = 4
 EXAMPLE_PROMPT = "a 3d emoji of a sks robot on a blue background"
-# The address of the page carries the settings of the last comparison, so that it can be sent to somebody.
+# The address of the page contains the settings of the last comparison, so that a visitor can share it.
 TO_ADDRESS = """(text) => {
     const address = new URL(window.location);
     address.searchParams.set("settings", text);
@@ -35,7 +35,7 @@ STOPPED = f"(text) => text === {json.dumps(WAITING)} || / of /.test(text) ? 'sto
 
 @dataclass(frozen=True)
 class Fields:
-    """The inputs of a comparison, in the order that `read_form` takes them."""
+    """The inputs of a comparison, in the order of the arguments of `read_form`."""
 
     base: gr.Dropdown
     columns: gr.CheckboxGroup
@@ -49,23 +49,23 @@ class Fields:
     strengths: list[gr.Slider]
 
     def list(self) -> list:
-        """All of them, flat."""
-        own = [value for value in vars(self).values() if value is not self.strengths]
-        return [*own, *self.strengths]
+        """All inputs as one flat list."""
+        single_fields = [value for value in vars(self).values() if value is not self.strengths]
+        return [*single_fields, *self.strengths]
 
 
 class CompareTab:
     """Builds the tab inside the current Blocks.
 
     Args:
-        app: what is behind the page.
+        app: the parts behind the page.
     """
 
     def __init__(self, app: App):
         self.app, self.limits = app, app.settings.limits
-        # The adapters that this visitor has uploaded: name -> run.
-        self.uploaded = gr.State({}, delete_callback=_forget)
-        # Whose strengths the sliders hold, in their order.
+        # Name -> run, for the adapters that this visitor has uploaded.
+        self.uploaded = gr.State({}, delete_callback=_remove_adapters)
+        # Names of the runs whose strengths the sliders show, in the order of the sliders.
         self.slider_names = gr.State([])
         self.known_runs = gr.State(())
         self.fields = self._build_fields()
@@ -73,9 +73,9 @@ class CompareTab:
         self._wire()
 
     def columns(self, base: str, uploaded: dict[str, Run]) -> list[str]:
-        """What a comparison on a base can have as columns."""
-        own = [name for name, run in self.app.library.runs().items() if run.base_name == base]
-        return [UNTOUCHED, *own, *uploaded]
+        """The possible columns of a comparison on a base."""
+        runs_of_base = [name for name, run in self.app.library.runs().items() if run.base_name == base]
+        return [UNTOUCHED, *runs_of_base, *uploaded]
 
     def _build_fields(self) -> Fields:
         bases = list(self.app.library.bases())
@@ -117,7 +117,7 @@ class CompareTab:
             self.stop = gr.Button("Stop", elem_id="stop-drawing")
         self.status = gr.Markdown("", elem_id="compare-status", elem_classes="status")
         with gr.Accordion("Strength sweep", open=False):
-            # Checked by this app against the folders as they are, not by Gradio against a list of before.
+            # This app checks the value against the current folders; Gradio would check it against an earlier list.
             self.sweep_run = gr.Dropdown(
                 [], label="Adapter", info="drawn at strength 0 to 1.5, with the first prompt and seed", allow_custom_value=True
             )
@@ -155,7 +155,7 @@ class CompareTab:
             self.upload.upload, self.add_adapter, [self.upload, self.uploaded, fields.base, fields.columns],
             [self.uploaded, fields.columns], messages=messages, note=self.upload_note, doing="loading the adapter",
         )  # fmt: skip
-        # Whatever became of it, the field is free for the next one.
+        # The field is emptied for the next upload, whether this one succeeds or fails.
         added.then(None, None, self.upload, js="() => null", **QUIET)
         on(
             self.load.click, self.use_settings, [self.json, self.uploaded], self.shared(),
@@ -164,32 +164,32 @@ class CompareTab:
 
     def _wire_drawing(self) -> None:
         inputs = [self.uploaded, *self.fields.list()]
-        drawing = [self.status, self.table, self.download, self.json]
-        # All drawing has one place in the queue of the server: first come, first served.
+        outputs = [self.status, self.table, self.download, self.json]
+        # All drawings share one place in the queue of the server and run in the order of their arrival.
         options = {"concurrency_id": DRAWING, "concurrency_limit": 1, "show_progress": "hidden"}
         streamed = self.app.messages.streamed
         events = []
-        for button, function, name, further in (
+        for button, function, name, extra in (
             (self.go, self.run, "compare", []),
             (self.sweep, self.run_sweep, "sweep", [self.sweep_run]),
         ):
             say(button.click, self.status, WAITING)
-            event = button.click(streamed(function, len(drawing) - 1), [*further, *inputs], drawing, api_name=name, **options)
+            event = button.click(streamed(function, len(outputs) - 1), [*extra, *inputs], outputs, api_name=name, **options)
             event.then(None, self.json, None, js=TO_ADDRESS)
             event.failure(None, self.status, self.status, js=NO_LONGER_WAITING, **QUIET)
             events.append(event)
-        # Afterwards, so that no news of the drawing that was on its way replaces the word.
+        # The word is set after the cancellation, so that a late output of the drawing cannot replace it.
         self.stop.click(None, cancels=events).then(None, self.status, self.status, js=STOPPED, **QUIET)
 
     def read_form(self, uploaded: dict[str, Run], *values) -> tuple[Comparison, list[Run | None]]:
-        """The comparison that the form asks for, checked, and the runs of its columns.
+        """The checked comparison of the form, and the runs of its columns.
 
         Args:
-            uploaded: this visitor's adapters.
-            values: of `Fields.list`.
+            uploaded: the adapters of this visitor.
+            values: values of `Fields.list`.
 
         Raises:
-            ConfigError: what is wrong.
+            ConfigError: a value cannot be used.
         """
         base, columns, prompts, negative, seeds, steps, guidance, scheduler, token, *strengths = values
         runs = self._runs(base, columns or [], uploaded)
@@ -213,11 +213,11 @@ class CompareTab:
         known = {name: run for name, run in self.app.library.runs().items() if run.base_name == base} | uploaded
         unknown = [name for name in columns if name != UNTOUCHED and name not in known]
         if unknown:
-            raise ConfigError(f"no run named {', '.join(map(repr, unknown))} for this base: choose others")
+            raise ConfigError(f"no run named {', '.join(map(repr, unknown))} for this base: choose other columns")
         return [None if name == UNTOUCHED else known[name] for name in columns]
 
     def run(self, uploaded: dict[str, Run], *values) -> Iterator[tuple]:
-        """Draws; the table grows with every picture."""
+        """Draws a comparison; the table grows with every picture."""
         comparison, runs = self.read_form(uploaded, *values)
         base = self.app.library.base(comparison.base)
         stream = draw(comparison, base, runs, self.app.store, self.app.scorer)
@@ -225,9 +225,9 @@ class CompareTab:
         yield from self._stream(comparison, comparison.rows(), headings_of(comparison, runs), notes, stream)
 
     def run_sweep(self, name: str | None, uploaded: dict[str, Run], *values) -> Iterator[tuple]:
-        """Draws the first prompt and seed by one adapter at strengths from 0 to 1.5."""
+        """Draws the first prompt and seed with one adapter at strengths from 0 to 1.5."""
         if not name or name == UNTOUCHED:
-            raise ConfigError("choose the adapter to sweep: tick one among the columns first")
+            raise ConfigError("no adapter is chosen for the sweep: choose a column with an adapter first")
         comparison, _ = self.read_form(uploaded, *values)
         [run] = self._runs(comparison.base, [name], uploaded)
         base = self.app.library.base(comparison.base)
@@ -249,14 +249,14 @@ class CompareTab:
         yield f"{total} picture{'s' * (total != 1)}, done", gr.skip(), gr.update(value=str(path), interactive=True), gr.skip()
 
     def shared(self) -> list:
-        """What shared settings fill: the fields, and whose strengths the sliders hold."""
+        """The components that shared settings fill: the fields, and the names of the strengths of the sliders."""
         return [*self.fields.list(), self.slider_names]
 
     def update_strengths(self, uploaded: dict[str, Run], columns: list[str], before: list[str], *values: float) -> list:
         """One slider for every chosen column that has a strength, and the choices of the sweep."""
         names = self._with_strength(columns or [], uploaded)
-        held = dict(zip(before, values, strict=False))
-        return [gr.update(choices=names, value=names[0] if names else None), names, *self._sliders(names, held)]
+        strengths = dict(zip(before, values, strict=False))
+        return [gr.update(choices=names, value=names[0] if names else None), names, *self._sliders(names, strengths)]
 
     def _with_strength(self, columns: list[str], uploaded: dict[str, Run]) -> list[str]:
         runs = self.app.library.runs() | uploaded
@@ -267,12 +267,12 @@ class CompareTab:
         return [*used, *(gr.update(visible=False, value=1.0) for _ in self.fields.strengths[len(names) :])]
 
     def update_columns(self, base: str, uploaded: dict[str, Run]):
-        """The columns that another base offers."""
+        """The columns for another base."""
         choices = self.columns(base, uploaded)
         return gr.update(choices=choices, value=choices[:CHOSEN])
 
     def refresh_columns(self, known: tuple[str, ...], base: str, columns: list[str], uploaded: dict[str, Run]) -> tuple:
-        """The columns to choose from, where runs have come or gone since the last look."""
+        """The columns to choose from, if there are new runs or removed runs since the last update."""
         runs = tuple(self.app.library.runs())
         if runs == tuple(known):
             return gr.skip(), gr.skip()
@@ -280,7 +280,7 @@ class CompareTab:
         return runs, gr.update(choices=choices, value=[name for name in columns or [] if name in choices])
 
     def add_adapter(self, path: str | None, uploaded: dict[str, Run], base: str, columns: list[str]) -> tuple:
-        """Takes an uploaded adapter among the columns, if it can be loaded on the base."""
+        """Adds an uploaded adapter to the columns, if it can be loaded on the base."""
         if path is None:
             return gr.skip(), gr.skip()
         try:
@@ -294,7 +294,7 @@ class CompareTab:
         run = Run(name, "cersa", uploads.keep(path, self.app.folder.adapters), None, prompt)
         try:
             with self.app.store.lease(self.app.library.base(base), run):
-                pass  # loading is the test: another base, missing layers
+                pass  # only loading shows whether the base and the layers fit
         except Exception:
             run.weights_path.unlink()
             raise
@@ -304,17 +304,18 @@ class CompareTab:
 
     def _free_name(self, name: str, uploaded: dict[str, Run]) -> str:
         taken = {*uploaded, *self.app.library.runs(), UNTOUCHED}
-        return next(each for each in (name, *(f"{name} ({number})" for number in range(2, 100))) if each not in taken)
+        candidates = (name, *(f"{name} ({number})" for number in range(2, 100)))
+        return next(candidate for candidate in candidates if candidate not in taken)
 
     def use_settings(self, text: str, uploaded: dict[str, Run]) -> list:
-        """The fields filled with shared settings; what is not here is left out with a warning."""
-        values, missing = self._filled(text, uploaded)
+        """The fields filled with shared settings; columns that do not exist here are left out with a warning."""
+        values, missing = self._values_of(text, uploaded)
         if missing:
             warn([_left_out(missing)])
         return values
 
-    def _filled(self, text: str, uploaded: dict[str, Run]) -> tuple[list, list[str]]:
-        """Values of `shared`, and the columns that are not here."""
+    def _values_of(self, text: str, uploaded: dict[str, Run]) -> tuple[list, list[str]]:
+        """Values of `shared`, and the names of the columns that do not exist here."""
         comparison = Comparison.from_json(text)
         base = self.app.library.base(comparison.base).name
         choices = self.columns(base, uploaded)
@@ -329,11 +330,11 @@ class CompareTab:
         return values, [name for name in comparison.columns if name not in choices]
 
     def from_address(self, uploaded: dict[str, Run], request: gr.Request) -> list:
-        """The fields as the address of the page says, or as they are; the columns as the folders are now; a status."""
+        """The fields with the settings in the address of the page, or else with the current columns; and a status."""
         text, status = request.query_params.get("settings"), ""
         if text:
             try:
-                values, missing = self._filled(text, uploaded)
+                values, missing = self._values_of(text, uploaded)
                 return [*values, html.escape(_left_out(missing)) if missing else ""]
             except ValueError as error:
                 status = html.escape(f"the settings in the address are not used: {self.app.messages.text(error)}")
@@ -346,10 +347,10 @@ class CompareTab:
 
 
 def _left_out(names: list[str]) -> str:
-    return f"left out, not here: {', '.join(names)}"
+    return f"left out, because they do not exist here: {', '.join(names)}"
 
 
-def _forget(uploaded: dict[str, Run]) -> None:
+def _remove_adapters(uploaded: dict[str, Run]) -> None:
     """Removes the adapters of a visitor who has left."""
     for run in uploaded.values():
         run.weights_path.unlink(missing_ok=True)

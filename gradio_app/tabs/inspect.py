@@ -1,4 +1,4 @@
-"""The Inspect tab: where the ranks of a base are, what they cost, and what an adapter file says of itself."""
+"""The Inspect tab: the ranks of a base, their memory, and the description of an adapter file."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class InspectTab:
     """Builds the tab inside the current Blocks.
 
     Args:
-        app: what is behind the page.
+        app: the parts behind the page.
     """
 
     def __init__(self, app: App):
@@ -64,7 +64,7 @@ class InspectTab:
             self.upload.upload, self.describe, self.upload, [self.info],
             messages=messages, note=self.info_note, doing="reading the file",
         )  # fmt: skip
-        # Whatever became of it, the file is not kept.
+        # The file is not kept, whether the event succeeds or fails.
         described.then(None, None, self.upload, js="() => null", **QUIET)
 
     def inspect(self, name: str, alpha: float, rank: float, kind: str | None) -> list:
@@ -73,16 +73,16 @@ class InspectTab:
         with self.app.store.lease(base) as pipeline:
             plan = plan_of(pipeline, float(alpha), int(rank))
             layers = surveyed(pipeline)
-        kinds = list(plan.by_kind())
-        kind = kind if kind in kinds else max(kinds, key=lambda each: len(plan.by_kind()[each]))
-        files = [self.app.place(f"{what}.png") for what in ("memory", "spectra", "ranks")]
+        layers_of_kind = plan.by_kind()
+        kind = kind if kind in layers_of_kind else max(layers_of_kind, key=lambda name: len(layers_of_kind[name]))
+        files = [self.app.place(f"{figure}.png") for figure in ("memory", "spectra", "ranks")]
         draw_memory(plan, memory_by_alpha(layers), float(alpha), files[0])
         draw_spectra(plan, kind, float(alpha), files[1])
         draw_ranks(plan, files[2])
-        return [*map(str, files), str(plan), gr.update(choices=kinds, value=kind)]
+        return [*map(str, files), str(plan), gr.update(choices=list(layers_of_kind), value=kind)]
 
     def describe(self, path: str | None) -> list[str]:
-        """What `cersa info` prints of an uploaded adapter, which is removed."""
+        """The text of `cersa info` for an uploaded adapter; removes the upload."""
         if path is None:
             return [""]
         try:

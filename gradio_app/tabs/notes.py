@@ -1,6 +1,6 @@
-"""A line beside a button: what it is doing, and then why it could not.
+"""A line of text beside a button, which shows that its event is running, and later the reason if the event has failed.
 
-Gradio's own way is a plate "Error" over everything that the event would have changed, which stays there and hides it.
+Without it, Gradio would cover all outputs of a failed event with a label "Error", which stays there and hides them.
 """
 
 import json
@@ -15,21 +15,21 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def new_note(elem_id: str) -> gr.HTML:
-    """An empty line for messages, where it is called.
+    """An empty line for messages at the current position of the page.
 
     Args:
-        elem_id: of the element in the page.
+        elem_id: id of the element in the page.
     """
     return gr.HTML("", elem_id=elem_id, elem_classes="note", padding=False)
 
 
 def say(trigger: Callable, note: Component, text: str) -> None:
-    """Shows a text at once, without asking the server.
+    """Shows a text at once, without a request to the server.
 
     Args:
         trigger: an event listener such as `button.click`.
-        note: where.
-        text: plain.
+        note: the component that shows the text.
+        text: plain text.
     """
     trigger(None, None, note, js=f"() => {json.dumps(text)}", **QUIET)
 
@@ -45,23 +45,20 @@ def on(
     doing: str,
     **options,
 ) -> gr.events.Dependency:
-    """Wires an event whose message stands in a note.
+    """Wires and returns an event whose messages appear in a note.
 
     Args:
         trigger: an event listener such as `button.click`.
         function: returns a sequence of values for `outputs`.
-        inputs: of the function.
-        outputs: of the function; they stay as they are when it raises.
+        inputs: inputs of the function.
+        outputs: outputs of the function; they do not change when it raises.
         messages: turns errors into texts.
-        note: says `doing` while the function runs, and afterwards nothing or what went wrong.
+        note: shows `doing` while the function runs; afterwards it shows the error, or nothing.
         doing: plain text.
-        options: of the event.
-
-    Returns:
-        The event.
+        options: options of the event.
     """
     say(trigger, note, doing)
     event = trigger(messages.noted(function, len(outputs)), inputs, [*outputs, note], **QUIET, **options)
-    # Refused before it ran, which Gradio tells in a corner of the page.
+    # The event was refused before it ran; Gradio shows the reason in a corner of the page.
     event.failure(None, None, note, js="() => ''", **QUIET)
     return event

@@ -1,4 +1,4 @@
-"""The Train tab: a form with its memory plan, the queue of trainings that all visitors share, and what comes out."""
+"""The Train tab: a form with its memory plan, the queue of trainings that all visitors share, and the results."""
 
 import html
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from gradio_app.tabs.notes import QUIET, new_note, on
 from gradio_app.training import LEARNING_RATES, PRESET_CHOICES, RANKED, TrainForm
 from gradio_app.view import previews_strip, size_text
 
-# Seconds between two looks at the queue.
+# Seconds between two updates from the queue.
 INTERVAL = 1.5
-# Points of the curve that are sent to the page.
+# Largest number of points of the curve in the page.
 CURVE_POINTS = 250
 LORA_FORMATS = {"diffusers": "diffusers", "kohya (ComfyUI, A1111, Forge)": "kohya"}
 
 
 @dataclass(frozen=True)
 class MadeLora:
-    """A LoRA that was made of a result.
+    """A LoRA that was made from a result.
 
     Args:
-        chosen: name of the result, rank, and keys as the page names them.
-        path: of the file.
-        report: what making it cost.
+        chosen: name of the result, rank, and name of the keys in the page.
+        path: path of the file.
+        report: report of the export.
     """
 
     chosen: tuple[str, int, str]
@@ -45,7 +45,7 @@ class TrainTab:
     """Builds the tab inside the current Blocks.
 
     Args:
-        app: what is behind the page.
+        app: the parts behind the page.
     """
 
     def __init__(self, app: App):
@@ -53,7 +53,7 @@ class TrainTab:
         self.form = self._build_form()
         self._build_jobs()
         self._build_results()
-        # What this visitor was shown last.
+        # The state that this visitor has seen last.
         self.seen = gr.State(None)
         self.timer = gr.Timer(INTERVAL)
         self._wire()
@@ -148,7 +148,7 @@ class TrainTab:
                     self.export = gr.Button("Make a LoRA of it", interactive=False, elem_id="export-lora", size="md")
                     self.lora = gr.DownloadButton("Download the LoRA", interactive=False, elem_id="lora-file", size="md")
                 self.lora_note = new_note("lora-note")
-        # The LoRA that this visitor made last.
+        # The last LoRA that this visitor has made.
         self.made = gr.State(None)
         self.export_report = gr.Textbox(label="About the LoRA", lines=4, visible=False, elem_classes="report")
 
@@ -168,7 +168,7 @@ class TrainTab:
             self.start.click, self.submit, [self.pictures, *inputs], [self.job, self.pictures], messages=messages,
             note=self.start_note, doing="checking pictures and settings", concurrency_id="submit", concurrency_limit=1,
         )  # fmt: skip
-        # Outside the queue: whatever else visitors have asked for, a training can be cancelled.
+        # Outside the queue, so that a training can be cancelled even if the queue is full.
         for button, function in ((self.cancel, self.app_cancel), (self.resume, self.app_resume)):
             on(button.click, function, self.job, [], messages=messages, note=self.job_note, doing="", queue=False)
         watched = [self.job, self.seen]
@@ -176,7 +176,7 @@ class TrainTab:
             self.job, self.list, self.progress, self.curve, self.previews, self.description, self.cancel, self.resume,
             self.result, self.seen,
         ]  # fmt: skip
-        # Outside the queue: a busy server still says how far the training is.
+        # Outside the queue, so that a busy server still shows the progress of the training.
         self.timer.tick(self.watch, watched, self.watching, queue=False, **quiet)
         self.job.change(self.watch, watched, self.watching, queue=False, **quiet)
         self.result.change(self.choose_result, self.result, [self.file, self.export], **quiet)
@@ -186,16 +186,16 @@ class TrainTab:
         chosen, offered = [self.result, self.rank, self.keys], [self.lora, self.export_report]
         quiet = {**QUIET, "queue": False}
         gr.on([field.change for field in chosen], self.offer_lora, [self.made, *chosen], offered, **quiet)
-        # The file of before is not to be taken for the one that is being made.
-        begun = self.export.click(self.forget_lora, None, [self.made, *offered], **quiet)
+        # An earlier file must not be confused with the file that is being made.
+        cleared = self.export.click(self.forget_lora, None, [self.made, *offered], **quiet)
         made = on(
-            begun.then, self.make_lora, chosen, [self.made], messages=self.app.messages,
+            cleared.then, self.make_lora, chosen, [self.made], messages=self.app.messages,
             note=self.lora_note, doing="making the LoRA", concurrency_id="export", concurrency_limit=1,
         )  # fmt: skip
         made.then(self.offer_lora, [self.made, *chosen], offered, **quiet)
 
     def show_plan(self, *values) -> str:
-        """The memory plan of the form, or what keeps it from being one."""
+        """The memory plan for the form, or the message of its error."""
         try:
             form = self._read(values)
             base = self.app.library.base(form.base)
@@ -213,12 +213,12 @@ class TrainTab:
         form = dict(zip(self.form, values, strict=True))
         missing = [name for name, value in form.items() if value is None]
         if missing:
-            raise ConfigError(f"{', '.join(missing).replace('_', ' ')}: nothing is chosen")
+            raise ConfigError(f"{', '.join(missing).replace('_', ' ')}: no value is given")
         numbers = {name: int(form[name]) for name in ("rank", "steps", "batch_size", "seed")}
         return TrainForm(**form | numbers)
 
     def submit(self, pictures: list[str] | None, *values) -> tuple:
-        """Puts a training into the queue; nothing is written where anything is wrong with it."""
+        """Adds a training to the queue; writes nothing if a setting or a picture cannot be used."""
         form = self._read(values)
         base = self.app.library.base(form.base)
         self.app.jobs.check_room()
@@ -247,19 +247,19 @@ class TrainTab:
         return [job.name for job, _ in reversed(self.app.jobs.jobs())]
 
     def watch(self, chosen: str | None, seen: tuple | None) -> list:
-        """What has changed since this visitor was last shown something."""
+        """Updates of everything that has changed since the last update of this visitor."""
         version, runs = self.app.jobs.version, list(self.app.library.runs())
         jobs = self.app.jobs.jobs()
         names = [job.name for job, _ in jobs]
         if chosen not in names:
-            chosen = _foremost(jobs)
-        # Other processes may train what has ended here: that is no change of this queue.
-        now = (version, chosen, tuple(runs), *((job.state, job.step) for job, _ in jobs))
-        if seen is not None and tuple(seen) == now:
+            chosen = _default_job(jobs)
+        # States and steps are included, because another process may train a run that has ended here without a new version.
+        current = (version, chosen, tuple(runs), *((job.state, job.step) for job, _ in jobs))
+        if seen is not None and tuple(seen) == current:
             return [gr.skip()] * len(self.watching)
-        results = gr.update(choices=runs) if seen is None or tuple(seen[2]) != now[2] else gr.skip()
+        results = gr.update(choices=runs) if seen is None or tuple(seen[2]) != current[2] else gr.skip()
         if chosen is None:
-            return [gr.skip()] * (len(self.watching) - 2) + [results, now]
+            return [gr.skip()] * (len(self.watching) - 2) + [results, current]
         job, place = jobs[names.index(chosen)]
         curve = _curve(job)
         return [
@@ -272,11 +272,11 @@ class TrainTab:
             gr.update(interactive=job.state not in ENDED and not job.cancelled),
             gr.update(interactive=job.resumable),
             results,
-            now,
+            current,
         ]
 
     def choose_result(self, name: str | None) -> list:
-        """Offers a result's file; a whole pipeline is no file."""
+        """Offers the file of a result; a whole pipeline is a folder and cannot be downloaded."""
         run = self.app.library.runs().get(name) if name else None
         file = gr.update(value=None, interactive=False)
         if run is not None and run.weights_path.is_file():
@@ -287,23 +287,23 @@ class TrainTab:
         return [file, gr.update(interactive=exportable)]
 
     def _copy(self, path: Path, name: str) -> str:
-        # A copy, because Gradio serves what lies in its own folder; the folders of the runs stay closed to it.
-        copied = self.app.place(f"{name.replace('/', '-')}{path.suffix}")
-        copied.write_bytes(path.read_bytes())
-        return str(copied)
+        # A copy, because Gradio serves only files of its own folder and has no access to the folders of the runs.
+        copy = self.app.place(f"{name.replace('/', '-')}{path.suffix}")
+        copy.write_bytes(path.read_bytes())
+        return str(copy)
 
     def forget_lora(self) -> list:
-        """No LoRA was made, and none is offered."""
+        """Removes the offer of the last LoRA."""
         return [None, gr.update(value=None, interactive=False), gr.update(visible=False)]
 
     def make_lora(self, name: str | None, rank: float, keys: str) -> list:
         """Writes a CERSA result as a LoRA."""
         run = self.app.library.runs().get(name) if name else None
         if run is None or not issubclass(METHODS[run.method], CersaMethod) or keys not in LORA_FORMATS:
-            raise ConfigError("choose a CERSA result: only these are turned into a LoRA")
+            raise ConfigError("choose a CERSA result: only CERSA results can be exported as a LoRA")
         layout = LORA_FORMATS[keys]
         path = self.app.place(f"{run.name.replace('/', '-')}-lora-r{int(rank)}-{layout}.safetensors")
-        # A base of its own: pipelines in memory are shared and never changed.
+        # The export loads its own base, because the pipelines in memory are shared and must not change.
         source = self.app.library.base(run.base_name).source
         with self.app.store.loading:
             report = export_lora(run.weights_path, path, rank=int(rank), format=layout, base=source, prompt=run.prompt)
@@ -311,14 +311,14 @@ class TrainTab:
         return [MadeLora((name, int(rank), keys), path, text)]
 
     def offer_lora(self, made: MadeLora | None, name: str | None, rank: float | None, keys: str | None) -> list:
-        """Offers the LoRA that was made last, so long as it is the one that is chosen now."""
+        """Offers the last LoRA if it belongs to the current choice of result, rank and keys."""
         if made is None or made.chosen != (name, rank, keys) or not made.path.exists():
             return self.forget_lora()[1:]
         return [gr.update(value=str(made.path), interactive=True), gr.update(value=made.report, visible=True)]
 
 
-def _foremost(jobs: list[tuple[Job, int | None]]) -> str | None:
-    """The job that a newcomer is shown: the one that runs, or else the newest."""
+def _default_job(jobs: list[tuple[Job, int | None]]) -> str | None:
+    """The job that a new visitor sees: the running job, or else the newest job."""
     running = [job.name for job, _ in jobs if job.state == "running"]
     return running[0] if running else jobs[-1][0].name if jobs else None
 
@@ -337,14 +337,14 @@ def job_table(jobs: list[tuple[Job, int | None]], chosen: str) -> str:
     """All trainings, the newest first.
 
     Args:
-        jobs: with their places in the queue.
-        chosen: the one that is shown in full.
+        jobs: the jobs with their places in the queue.
+        chosen: name of the job whose details are shown.
     """
     rows = ""
     for job, place in reversed(jobs):
-        mark = ' class="chosen"' if job.name == chosen else ""
+        css_class = ' class="chosen"' if job.name == chosen else ""
         rows += (
-            f"<tr{mark}><td>{html.escape(job.name)}</td><td>{html.escape(_state_text(job, place))}</td>"
+            f"<tr{css_class}><td>{html.escape(job.name)}</td><td>{html.escape(_state_text(job, place))}</td>"
             f"<td>{job.step} / {job.config.max_train_steps}</td></tr>"
         )
     return (
@@ -354,24 +354,24 @@ def job_table(jobs: list[tuple[Job, int | None]], chosen: str) -> str:
 
 
 def job_progress(job: Job, place: int | None, message: str) -> str:
-    """A bar and a line about one training.
+    """A progress bar and a line about one training.
 
     Args:
         job: the training.
-        place: in the queue.
+        place: its place in the queue.
         message: why it ended.
     """
     total = job.config.max_train_steps
-    facts = [f"{job.name}: {_state_text(job, place)}", f"step {job.step} of {total}"]
+    texts = [f"{job.name}: {_state_text(job, place)}", f"step {job.step} of {total}"]
     if job.losses:
-        facts += [f"loss {job.losses[-1][1]:.4f}", f"{job.speed:.1f} pictures/s", f"peak {size_text(job.peak_memory)}"]
-    facts += [message] if message else []
-    line = html.escape(" · ".join(facts))
+        texts += [f"loss {job.losses[-1][1]:.4f}", f"{job.speed:.1f} pictures/s", f"peak {size_text(job.peak_memory)}"]
+    texts += [message] if message else []
+    line = html.escape(" · ".join(texts))
     return f'<div role="status"><progress max="{total}" value="{job.step}" aria-label="progress"></progress><p>{line}</p></div>'
 
 
 def _curve(job: Job) -> pd.DataFrame:
-    """The loss of every step; of several steps their mean, where there are more than can be seen."""
+    """The loss of every step, or of groups of steps their mean loss, so that there are at most `CURVE_POINTS` points."""
     frame = pd.DataFrame(job.losses, columns=["step", "loss"])
-    together = -(-len(frame) // CURVE_POINTS) or 1
-    return frame.groupby(frame.index // together).agg({"step": "last", "loss": "mean"})
+    group_size = -(-len(frame) // CURVE_POINTS) or 1
+    return frame.groupby(frame.index // group_size).agg({"step": "last", "loss": "mean"})
