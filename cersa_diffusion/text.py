@@ -10,6 +10,13 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
+def duration(seconds: float) -> str:
+    """A time in hours and minutes, minutes and seconds, or seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def one_line(error: object, limit: int = 200) -> str:
     """The message of an error without line breaks, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]

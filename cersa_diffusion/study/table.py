@@ -55,7 +55,8 @@ SIZES = (
 COSTS = (
     Measure("seconds", "training, s", "", 0),
     Measure("prepare_seconds", "preparing, s", "", 1),
-    Measure("peak_memory_bytes", "peak memory, MiB", "", 0, 2**20),
+    Measure("peak_memory_bytes", "peak of the steps, MiB", "", 0, 2**20),
+    Measure("preparing_peak_bytes", "peak of preparing, MiB", "", 0, 2**20),
 )
 
 

@@ -88,6 +88,7 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
         "seconds": round(earlier["seconds"] + result.seconds, 2),
         "prepare_seconds": round(result.decompose_seconds, 2),
         "peak_memory_bytes": max(result.peak_memory_bytes, earlier["peak"]),
+        "preparing_peak_bytes": result.preparing_peak_bytes,
     }
 
 

@@ -49,7 +49,7 @@ class StepProgress:
         loss: loss of this step, the mean over all its pictures and processes.
         learning_rate: learning rate of the UNet in this step.
         pictures_per_second: pictures of the subject and the class, over all processes, since this call began.
-        peak_memory: bytes: on a GPU the most allocated so far, otherwise the most that the process has held.
+        peak_memory: peak of the steps so far in bytes: on a GPU the most allocated, otherwise the most that the process held.
     """
 
     step: int

@@ -63,7 +63,7 @@ def test_rates_are_picked_on_validation_prompts_and_the_table_holds_means_and_sp
     assert lines["base", "all"]["drift_latent"] == "" and lines["base", "my-cat"]["clipscore_spread"] == ""
     assert float(lines["truncated-.9", "all"]["drift_latent"]) > 0
     costs = (output / "costs.md").read_text()
-    assert "peak memory" in costs and "peak memory" not in (output / "table.md").read_text()
+    assert "peak of the steps" in costs and "peak of preparing" in costs and "peak" not in (output / "table.md").read_text()
 
 
 def test_validation_and_test_share_neither_prompts_nor_noise(compared):

@@ -39,7 +39,7 @@ def batch_of(pixels: torch.Tensor, samples: list[int], prompts: list[str] | None
     """As `data.collate` makes it, of square pictures that were not cropped."""
     return {
         "pixels": pixels,
-        "samples": torch.tensor(samples),
+        "samples": samples,
         "prompts": prompts or ["a sks cat"] * len(pixels),
         "sizes": torch.tensor([[16, 16, 0, 0, 16, 16]] * len(pixels)),
     }

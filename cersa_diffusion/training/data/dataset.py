@@ -172,6 +172,6 @@ def collate(items: list[dict]) -> dict:
     tensors = [name for name in ("pixels", "latent_mean", "latent_std") if name in pictures[0]]
     return {name: torch.stack([picture[name] for picture in pictures]) for name in tensors} | {
         "prompts": [picture["prompt"] for picture in pictures],
-        "samples": torch.tensor([item["sample"] for item in items]),
+        "samples": [item["sample"] for item in items],
         "sizes": torch.tensor([picture["size"] for picture in pictures]),
     }

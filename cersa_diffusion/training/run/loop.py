@@ -25,6 +25,7 @@ from cersa_diffusion.methods.table import make_method
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.private_names import enable_gradient_checkpointing
 from cersa_diffusion.processes import any_process, share_bases
+from cersa_diffusion.text import duration
 from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped
 from cersa_diffusion.training.checkpoints.folder import TrainingState, load_checkpoint, skip_model_weights
 from cersa_diffusion.training.checkpoints.keeper import CheckpointKeeper
@@ -34,8 +35,9 @@ from cersa_diffusion.training.data.latent_cache import LatentCache, cache_latent
 from cersa_diffusion.training.run import previews
 from cersa_diffusion.training.run.interrupt import StopRequest
 from cersa_diffusion.training.run.loss import DreamBoothLoss
-from cersa_diffusion.training.run.memory import memory_table, peak_memory, planned_memory, tensor_bytes
+from cersa_diffusion.training.run.memory import memory_table, planned_memory, tensor_bytes
 from cersa_diffusion.training.run.optimizers import make_optimizer, optimizer_name
+from cersa_diffusion.training.run.peaks import DRAWING, PREPARING, TRAINING, PeakMemory
 from cersa_diffusion.training.run.rates import keep_rates
 from cersa_diffusion.training.run.result import TrainResult, size_on_disk
 from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
@@ -65,6 +67,7 @@ class DreamBoothRun:
         instance: list[Example],
         classes: Sequence[Example] = (),
     ):
+        self.peaks = PeakMemory(accelerator.device)
         self.config, self.base, self.accelerator = config, base.to(accelerator.device), accelerator
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
@@ -180,6 +183,7 @@ class DreamBoothRun:
         if self.average is not None:
             # accelerate loads registered objects onto the CPU.
             self.average.to(self.accelerator.device)
+        self.peaks.enter(TRAINING)
         self._report_start(step)
         if step == 0:
             self._preview(output_dir, step)
@@ -281,9 +285,8 @@ class DreamBoothRun:
         dataset = DreamBoothDataset(
             self.instance, self.classes, config, first=first, last=last, samples_per_step=size, latents=self.latents
         )
-        return DataLoader(
-            dataset, batch_size=config.train_batch_size, collate_fn=collate, num_workers=config.dataloader_num_workers
-        )
+        options = {"num_workers": config.dataloader_num_workers, "pin_memory": self.accelerator.device.type == "cuda"}
+        return DataLoader(dataset, batch_size=config.train_batch_size, collate_fn=collate, **options)
 
     def _report_start(self, step: int) -> None:
         seconds = self._seconds_per_batch() * self.config.gradient_accumulation_steps * (self.total_steps - step)
@@ -291,7 +294,7 @@ class DreamBoothRun:
         epochs = self.total_steps * self.samples_per_step / len(self.instance) / self.config.repeats
         resumed = f", resumed after step {step}" if step else ""
         self.description.append(
-            f"{self.total_steps} steps of {pictures} pictures ({epochs:.0f} epochs){resumed}: about {_duration(seconds)}"
+            f"{self.total_steps} steps of {pictures} pictures ({epochs:.0f} epochs){resumed}: about {duration(seconds)}"
         )
         for callback in self.callbacks:
             callback.on_start(RunStart(tuple(self.description), self.planned, step, self.total_steps, seconds))
@@ -300,11 +303,13 @@ class DreamBoothRun:
         """Times one batch forward and backward; changes no state."""
         batch = collate([self._batches(0, 1).dataset[number] for number in range(self.config.train_batch_size)])
         cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        start = time.perf_counter()
         with torch.random.fork_rng(devices=cuda):
-            self.loss(batch, self.prepared).backward()
-        if cuda:
-            torch.cuda.synchronize(cuda[0])
+            # The first batch on a GPU loads libraries and chooses kernels.
+            for _ in range(2 if cuda else 1):
+                start = time.perf_counter()
+                self.loss(batch, self.prepared).backward()
+                if cuda:
+                    torch.cuda.synchronize(cuda[0])
         seconds = time.perf_counter() - start
         self.optimizer.zero_grad()
         return seconds
@@ -314,14 +319,15 @@ class DreamBoothRun:
         loss, rates = self.losses[-1], self.scheduler.get_last_lr()
         logged = {"loss": loss} | {f"lr/{name}": rate for name, rate in zip(self.components, rates, strict=True)}
         self.accelerator.log(logged, step=step)
-        peak = peak_memory(self.accelerator.device)
+        peak = self.peaks.of(TRAINING)
         progress = StepProgress(step, self.total_steps, loss, rates[0], self.pictures_per_second, peak)
         for callback in self.callbacks:
             callback.on_step(progress)
 
     def _preview(self, output_dir: Path, step: int) -> None:
         if self.config.validation_prompt and self.accelerator.is_main_process:
-            pictures = previews.preview(self.base, self.config, self.accelerator, self.trained(), self.average)
+            with self.peaks.during(DRAWING):
+                pictures = previews.preview(self.base, self.config, self.accelerator, self.trained(), self.average)
             try:
                 previews.save(pictures, output_dir / previews.FOLDER / f"step-{step:06d}")
             except OSError as error:
@@ -383,14 +389,10 @@ class DreamBoothRun:
             weight_bytes=tensor_bytes(weights.values()),
             gradient_bytes=tensor_bytes(trained),
             optimizer_bytes=tensor_bytes(moments),
-            peak_memory_bytes=peak_memory(self.accelerator.device),
+            peak_memory_bytes=self.peaks.of(TRAINING),
+            preparing_peak_bytes=self.peaks.of(PREPARING),
+            drawing_peak_bytes=self.peaks.of(DRAWING),
             pictures_per_second=self.pictures_per_second,
             file_bytes=size_on_disk(weights_path, list(self.components)),
             truncation=self.truncation,
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

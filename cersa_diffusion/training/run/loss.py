@@ -62,7 +62,7 @@ class DreamBoothLoss:
         Returns:
             (p b,) float32 errors and (p b,) timesteps.
         """
-        samples, prompts = batch["samples"].tolist(), batch["prompts"]
+        samples, prompts = batch["samples"], batch["prompts"]
         groups = range(len(prompts) // len(samples))
         generators = [sample_generator(self.config.seed, sample, NOISE + group) for group in groups for sample in samples]
         latents = self._latents(batch, generators)

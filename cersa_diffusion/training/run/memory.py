@@ -1,9 +1,6 @@
 """The planned memory of a training, compared with LoRA and full fine-tuning of the same layers; and measured memory."""
 
-import re
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -91,21 +88,3 @@ def memory_table(uses: Mapping[str, MemoryUse], config: DreamBoothConfig, dtype:
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the values in all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: on a GPU the most that was allocated, on a CPU the most that this process has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        # getrusage would also count the memory that the parent process held when it started this one.
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    if sys.platform == "win32":
-        # Imported here, like `resource` below: each is needed on one kind of system only.
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -38,7 +38,9 @@ def make_optimizer(config: DreamBoothConfig, groups: list[dict]) -> torch.optim.
     betas = (config.adam_beta1, config.adam_beta2)
     adam = {"betas": betas, "weight_decay": config.adam_weight_decay, "eps": config.adam_epsilon}
     if name == "adamw":
-        return torch.optim.AdamW(groups, **adam)
+        # One kernel for all parameters of a GPU; on a CPU the plain implementation keeps the bits of earlier runs.
+        fused = groups[0]["params"][0].device.type == "cuda"
+        return torch.optim.AdamW(groups, **adam, fused=fused)
     package = import_module(_PACKAGES[name][0])
     optimizer_class = package.optim.AdamW8bit if name == "adamw8bit" else package.Prodigy
     return optimizer_class(groups, **adam)

@@ -40,10 +40,12 @@ class TrainResult:
         loss: mean loss over the last tenth of the steps of this call; None if all steps had been done before.
         trainable_parameters: number of trained values.
         weight_bytes, gradient_bytes, optimizer_bytes: tensors of the trained components during training, without activations.
-        peak_memory_bytes: on a GPU the most that was allocated, otherwise the most that the process has held.
+        peak_memory_bytes: peak of the steps: on a GPU the most that was allocated, otherwise the most that the process held.
         pictures_per_second: pictures of the subject and the class, over all processes.
         file_bytes: size of the result on disk (for full fine-tuning: of the trained components).
         truncation: the cost of truncation before the first step; None if no components are dropped.
+        preparing_peak_bytes, drawing_peak_bytes: as `peak_memory_bytes`, for preparing the models and for the previews; None if
+            there were none.
     """
 
     method: str
@@ -61,6 +63,8 @@ class TrainResult:
     pictures_per_second: float
     file_bytes: int
     truncation: TruncationCost | None
+    preparing_peak_bytes: int | None = None
+    drawing_peak_bytes: int | None = None
 
     def write(self) -> None:
         """Writes the result file beside the weights; this file marks the run as finished."""
@@ -105,10 +109,13 @@ class TrainResult:
         """The text that is printed at the end of a run with these settings."""
         tensors = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         snippet = self.snippet(config).replace("\n", "\n    ")
+        peaks = {"preparing": self.preparing_peak_bytes, "steps": self.peak_memory_bytes, "previews": self.drawing_peak_bytes}
+        shown = ", ".join(f"{phase} {size / 2**20:.0f} MiB" for phase, size in peaks.items() if size)
         loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean over the last tenth of the steps)"
         return f"""
 {self.method}: {self.steps} steps in {self.seconds:.0f} s{loss}
 trained {self.trainable_parameters / 1e6:.2f} M parameters; weights, gradients and optimizer {tensors / 2**20:.1f} MiB
+peak memory: {shown}
 result  {self.weights_path} ({self.file_bytes / 2**20:.2f} MiB)
 
 To generate with it:
