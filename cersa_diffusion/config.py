@@ -53,6 +53,15 @@ def parse_bytes(size: str | int | float, setting: str = "memory_budget") -> int:
     return int(byte_count)
 
 
+def listed_targets(targets: list[str]) -> str | list[str]:
+    """Target modules as a command line lists them, in the form that `match_targets` takes.
+
+    A single plain name is a name ending, as in a longer list; any other single entry is a pattern for whole names.
+    """
+    is_pattern = len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0]))
+    return targets[0] if is_pattern else targets
+
+
 # Settings that only core='sparse' reads.
 SPARSE_SETTINGS = ("sparse_pattern", "off_diagonals")
 OFF_DIAGONALS = (

@@ -1,9 +1,8 @@
 """The layers that the paper calls Q, K, V, P, UP and DN (Fig. 3), in the architectures of transformers."""
 
-import re
-
 from torch import nn
 
+from cersa_diffusion.config import listed_targets
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.layers.model import match_targets
 
@@ -52,9 +51,7 @@ def target_pattern(model_type: str, target_modules: list[str] | None) -> str | l
             )
         endings = "|".join(LAYERS[model_type][kind] for kind in PRESETS[targets[0]])
         return rf".*\.(?:{endings})"
-    # A single plain name is a name ending, as in a longer list; any other single entry is a pattern for whole names.
-    is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
-    return targets[0] if is_pattern else targets
+    return listed_targets(targets)
 
 
 def check_outside_head(model: nn.Module, target_modules: str | list[str], head: list[str]) -> None:

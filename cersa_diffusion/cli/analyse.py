@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from cersa_diffusion.analysis.output import Output, text_of
+from cersa_diffusion.config import listed_targets
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.memory.cost import OPTIMIZERS
@@ -39,7 +40,7 @@ def _patterns(arguments: argparse.Namespace) -> str | list[str]:
     if len(targets) == 1 and targets[0] in PRESETS:
         endings = {names[kind] for names in LAYERS.values() for kind in PRESETS[targets[0]]}
         return rf".*\.(?:{'|'.join(sorted(endings))})"
-    return targets[0] if len(targets) == 1 and not targets[0].replace(".", "").replace("_", "").isalnum() else targets
+    return listed_targets(targets)
 
 
 def _ranks(arguments: argparse.Namespace) -> None:

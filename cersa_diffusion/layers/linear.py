@@ -96,7 +96,9 @@ class CersaLinear(KeepsFloat32):
         if adapter_name in self.cores:
             raise ConfigError(f"adapter {adapter_name!r} is already on this layer: choose another name or delete it")
         if not adapter_name or "." in adapter_name or hasattr(self.cores, adapter_name):
-            raise ConfigError(f"{adapter_name!r} cannot be an adapter name, because torch reserves it: choose another name")
+            raise ConfigError(
+                f"adapter_name {adapter_name!r}: torch takes no empty name, no dot and no name of its own attributes: rename it"
+            )
         if core.rank < 1 or core.offset < 0 or core.region.stop > self.kept_rank:
             last = core.region.stop - 1
             raise ConfigError(f"a core on components {core.offset} to {last} does not fit: this layer keeps {self.kept_rank}")

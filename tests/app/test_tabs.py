@@ -15,7 +15,7 @@ from gradio_app.tabs.inspect import InspectTab
 from gradio_app.tabs.train import LORA_FORMATS, TrainTab
 from gradio_app.training import TrainForm
 
-from ..conftest import raises
+from ..conftest import assert_named, raises
 from .conftest import wait_for
 
 RUN = "trained: cat-cersa"
@@ -83,7 +83,7 @@ def test_nothing_is_written_for_a_form_that_is_wrong(app, pictures, count, chang
 def test_the_plan_says_why_there_is_none(app):
     tab = built(TrainTab, app)
     assert "together" in tab.show_plan(*form())
-    assert "no memory size" in tab.show_plan(*form(memory_budget="much"))
+    assert_named(tab.show_plan(*form(memory_budget="much")), "memory_budget", "'much'", "900MB")
 
 
 def test_shared_settings_fill_the_form(app):

@@ -206,7 +206,7 @@ def test_misspelt_arguments_and_impossible_names_are_refused(adapter_file, tmp_p
     with raises(TypeError, "strenght"):
         pipe.load_cersa_weights(adapter_file("sd1"), strenght=0.5)
     for name in ("v1.5", "", "keys"):
-        with raises(ConfigError, repr(name), "name of an adapter", "torch"):
+        with raises(ConfigError, repr(name), "adapter_name", "torch"):
             pipe.load_cersa_weights(adapter_file("sd1"), adapter_name=name)
     with raises(ConfigError, "'vae'", "StableDiffusionPipeline", "['unet', 'text_encoder']"):
         pipe.fuse_cersa(components=["vae"])

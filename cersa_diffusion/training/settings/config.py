@@ -2,11 +2,10 @@
 
 import json
 import math
-import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import ClassVar, Literal
 
-from cersa_diffusion.config import option
+from cersa_diffusion.config import listed_targets, option
 from cersa_diffusion.families.base import Family
 from cersa_diffusion.families.names import is_text_encoder
 from cersa_diffusion.families.sdxl import STABLE_DIFFUSION_XL
@@ -149,11 +148,7 @@ class DreamBoothConfig(MethodSettings):
     def target_modules(self, component: str) -> str | list[str] | None:
         """The target layers given for a component, by its name in the pipeline, for `match_targets`; None: the default."""
         chosen = self.text_encoder_target_modules if is_text_encoder(component) else self.unet_target_modules
-        if chosen is None:
-            return None
-        # A single plain name is a name ending, as in a longer list; any other single entry is a pattern for whole names.
-        pattern = len(chosen) == 1 and (chosen[0] == "all-linear" or not re.fullmatch(r"[\w.]+", chosen[0]))
-        return chosen[0] if pattern else chosen
+        return None if chosen is None else listed_targets(chosen)
 
     @property
     def targets(self) -> dict[str, str | list[str]]:
