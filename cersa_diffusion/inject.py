@@ -183,7 +183,7 @@ def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: t
         kept_rank=layer.kept_rank,
         core_rank=core.rank,
         core_parameters=sum(parameter.numel() for parameter in core.parameters()),
-        frozen_parameters=sum(buffer.numel() for buffer in layer.buffers()),
+        frozen_parameters=sum(tensor.numel() for tensor in layer.frozen_tensors().values()),
         kept_energy=kept_energy(singular_values, layer.kept_rank),
     )
 

@@ -43,9 +43,9 @@ def share_bases(components: Mapping[str, nn.Module]) -> None:
     if not several():
         return
     tensors = {
-        f"{key}.{buffer_name}": buffer
+        f"{key}.{name}": tensor
         for key, layer in layers_by_key(components).items()
-        for buffer_name, buffer in layer.named_buffers()
+        for name, tensor in layer.frozen_tensors().items()
     }
     device = next(parameter.device for model in components.values() for parameter in model.parameters())
     if not any_process(bool(tensors), device):

@@ -173,6 +173,11 @@ def randn(*shape: int, **options) -> torch.Tensor:
     return torch.randn(*shape, **options).to(DEVICE)
 
 
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that needs no gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
 def train(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) -> None:
     """Trains whatever is trainable on a fixed random regression."""
     torch.manual_seed(1)

@@ -14,16 +14,16 @@ from cersa_diffusion.config import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.layers.kinds import build_layer
 
-from .conftest import DEVICE, raises, randn, train
+from .conftest import DEVICE, frozen_parameters, raises, randn, train
 
 
 def test_only_cores_train_and_frozen_factors_do_not_move(network):
     cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
-    frozen = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    frozen = {name: tensor.clone() for name, tensor in frozen_parameters(network).items()}
     biases = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {f"{i}.cores.default.D" for i in (0, 2, 4)}
     train(network)
-    assert all(torch.equal(buffer, frozen[name]) for name, buffer in network.named_buffers())
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_parameters(network).items())
     assert all(torch.equal(network.get_parameter(name), bias) for name, bias in biases.items())
 
 
@@ -32,7 +32,8 @@ def test_report_counts_what_is_there(network):
     layers = [module for module in network.modules() if isinstance(module, CersaLinear)]
     assert [row.kept_rank for row in report.layers] == [layer.kept_rank for layer in layers]
     assert report.trainable_parameters == sum(p.numel() for p in cersa.trainable_parameters(network))
-    assert report.frozen_parameters == sum(buffer.numel() for buffer in network.buffers())
+    bases = [tensor for name, tensor in frozen_parameters(network).items() if not name.endswith("bias")]
+    assert report.frozen_parameters == sum(tensor.numel() for tensor in (*bases, *network.buffers()))
     assert all(row.kept_energy >= 0.9 and row.core_rank < row.kept_rank for row in report.layers)
 
 

@@ -158,7 +158,7 @@ class RunArguments(TrainingArguments):
     dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Keep batches in pinned memory, which a GPU reads faster.")
     # This package chooses the columns and decodes the pictures itself.
     remove_unused_columns: bool = option(False, "Do not change.")
-    # Frozen bases are buffers: the first process sends them once, after they have been computed.
+    # No buffer changes in training: the first process sends the frozen bases once, after they have been computed.
     ddp_broadcast_buffers: bool | None = option(False, "Send buffers from the first process at every step.")
     # With this filter, transformers leaves NaN out of the loss that it reports.
     logging_nan_inf_filter: bool = option(False, "Report the last finite loss instead of NaN.")

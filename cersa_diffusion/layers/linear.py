@@ -15,8 +15,9 @@ class CersaLinear(KeepsFloat32):
     """``y = U (s * h + pad(D h[o:o+r])) + R x + b``, ``h = Vh x``; ``U``, ``s``, ``Vh``, ``R`` frozen, the cores ``D`` trainable.
 
     An untrained layer computes the truncated weight ``U diag(s) Vh``, or the whole one if the residual R is kept. Several named
-    cores add up: ``D = sum strength_i D_i``. Bases are buffers in the compute dtype; singular values and cores stay float32
-    when the layer changes its dtype.
+    cores add up: ``D = sum strength_i D_i``. Bases are parameters without gradient, in the compute dtype, so that offloading,
+    FSDP and the first broadcast of DDP treat them as weights. Singular values and cores stay float32 when the layer changes its
+    dtype.
 
     Args:
         decomposition: leading factors of the weight, at least `kept_rank` of them, values descending.
@@ -47,10 +48,12 @@ class CersaLinear(KeepsFloat32):
         self.out_features, self.in_features = U.shape[0], Vh.shape[1]
         self.kept_rank = kept_rank
         placed = {"device": device or U.device, "copy": True, "memory_format": torch.contiguous_format}
-        self.register_buffer("U", U[:, :kept_rank].to(dtype=dtype, **placed))
+        # U first: diffusers and transformers read the dtype of a model from its first parameter.
+        self.U = _frozen(U[:, :kept_rank].to(dtype=dtype, **placed))
+        # A buffer, as it is small and of another dtype than the weights.
         self.register_buffer("s", s[:kept_rank].to(dtype=torch.float32, **placed))
-        self.register_buffer("Vh", Vh[:kept_rank].to(dtype=dtype, **placed))
-        self.register_buffer("residual", None if residual is None else residual.to(dtype=dtype, **placed))
+        self.Vh = _frozen(Vh[:kept_rank].to(dtype=dtype, **placed))
+        self.register_parameter("residual", None if residual is None else _frozen(residual.to(dtype=dtype, **placed)))
         self.bias = bias
         self.cores = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
@@ -65,6 +68,11 @@ class CersaLinear(KeepsFloat32):
         self._pivots = {} if pivots is None else {0: Pivots(*(indices[:kept_rank] for indices in pivots))}
         # A tuple keeps the weight out of the module: out of its state dict and off the GPU.
         self._dense = (dense_weight,)
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything that no training changes: the factors, and the places of sparse cores."""
+        factors = {name: getattr(self, name) for name in ("U", "Vh", "residual")}
+        return {name: tensor for name, tensor in factors.items() if tensor is not None} | dict(self.named_buffers())
 
     @property
     def base_kept(self) -> bool:
@@ -171,6 +179,10 @@ class CersaLinear(KeepsFloat32):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, kept_rank={self.kept_rank}, residual={residual}"
         )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class FusedLinear(nn.Linear):

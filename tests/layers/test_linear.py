@@ -3,6 +3,7 @@
 import copy
 from typing import ClassVar
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from cersa_diffusion.layers.core import DiagonalCore, MatrixCore, SparseCore, ba
 from cersa_diffusion.layers.kinds import build_layer
 from cersa_diffusion.weights.cache import leading_factors
 
-from ..conftest import DEVICE, raises, randn
+from ..conftest import DEVICE, frozen_parameters, raises, randn
 
 
 def make_layer(m=20, n=30, alpha=0.9, beta=0.7, bias=True, dtype=torch.float32, seed=0) -> tuple[nn.Linear, CersaLinear]:
@@ -86,14 +87,15 @@ def test_backward_keeps_only_the_changed_part_of_the_projected_input(beta):
 def test_only_the_core_is_a_parameter_that_training_changes():
     _, layer = make_layer()
     layer.bias.requires_grad_(False)
-    frozen = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    frozen = {name: tensor.clone() for name, tensor in frozen_parameters(layer).items()}
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], 1e-2)
     before = layer.cores["default"].D.detach().clone()
     for _ in range(20):
         optimizer.zero_grad()
         layer(randn(8, 30)).square().sum().backward()
         optimizer.step()
-    assert all(torch.equal(buffer, frozen[name]) for name, buffer in layer.named_buffers())
+    assert {"U", "Vh"} <= frozen.keys()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_parameters(layer).items())
     assert not torch.equal(layer.cores["default"].D, before)
 
 
@@ -261,6 +263,18 @@ def test_a_core_may_be_put_away_as_soon_as_it_was_called(kind, strength):
     core.register_forward_hook(put_away)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
+
+
+def test_offloading_takes_the_bases_away_and_changes_nothing():
+    _, layer = make_layer()
+    x = randn(5, 30)
+    with torch.no_grad():
+        expected = layer(x)
+        accelerate.cpu_offload(layer, DEVICE)
+        assert layer.U.is_meta and layer.Vh.is_meta and layer.cores["default"].D.is_meta
+        for _ in range(2):
+            assert torch.equal(layer(x), expected)
+        assert layer.U.is_meta
 
 
 class Kernels(TorchDispatchMode):

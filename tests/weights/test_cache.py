@@ -21,7 +21,7 @@ import cersa_diffusion.weights.cache as cache_module
 from cersa_diffusion import CersaConfig, ConfigError
 from cersa_diffusion.weights.cache import DecompositionCache, LeadingFactors, leading_factors, weight_key
 
-from ..conftest import DEVICE, raises, randn, warns
+from ..conftest import DEVICE, frozen_parameters, raises, randn, warns
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_second_injection_reads_and_gives_the_same_bits_as_none(network, cache, 
     monkeypatch.setenv("CERSA_CACHE", "off")
     cersa.inject_cersa(network, CersaConfig(alpha=0.9), show_progress=False)
     for other in (first, third):
-        assert all(torch.equal(buffer, other.get_buffer(name)) for name, buffer in network.named_buffers())
+        assert all(torch.equal(tensor, other.get_parameter(name)) for name, tensor in frozen_parameters(network).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

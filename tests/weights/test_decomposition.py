@@ -18,7 +18,7 @@ from cersa_diffusion import CersaConfig, CersaError
 from cersa_diffusion.weights.cache import DecompositionCache, leading_factors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers, shares
 
-from ..conftest import DEVICE, raises
+from ..conftest import DEVICE, frozen_parameters, raises
 
 SHAPES = ((30, 20), (64, 64), (9, 50), (64, 48), (1, 7), (33, 40))
 
@@ -158,7 +158,7 @@ def injected(seed: int, before_first=lambda: None) -> dict:
         return {"error": str(error)}
     finally:
         cache_module.decompose = decompose
-    return {"solved": solved, "buffers": {name: buffer.tolist() for name, buffer in model.named_buffers()}}
+    return {"solved": solved, "factors": {name: tensor.tolist() for name, tensor in frozen_parameters(model).items()}}
 
 
 def one_rank(rank: int, folder: str) -> None:
@@ -198,7 +198,7 @@ def test_two_processes_decompose_every_layer_once_and_agree(two_ranks):
     first, second = (found["shared"] for found in two_ranks)
     assert sorted(first["solved"] + second["solved"]) == sorted(map(list, SHAPES))
     assert first["solved"] and second["solved"]
-    assert first["buffers"] == second["buffers"]
+    assert first["factors"] == second["factors"]
 
 
 def test_a_layer_that_cannot_be_decomposed_is_an_error_in_every_process(two_ranks):
@@ -208,7 +208,7 @@ def test_a_layer_that_cannot_be_decomposed_is_an_error_in_every_process(two_rank
 def test_with_the_cache_off_every_process_decomposes_all(two_ranks):
     first, second = (found["uncached"] for found in two_ranks)
     assert sorted(first["solved"]) == sorted(second["solved"]) == sorted(map(list, SHAPES))
-    assert first["buffers"] == second["buffers"] == two_ranks[0]["shared"]["buffers"]
+    assert first["factors"] == second["factors"] == two_ranks[0]["shared"]["factors"]
 
 
 def test_one_process_on_its_own_does_not_wait_for_the_others(two_ranks):
