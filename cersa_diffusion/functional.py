@@ -120,7 +120,7 @@ def cersa_linear(
     h = F.linear(x, Vh)
     scaled = (h * s).to(h.dtype)
     if core is not None:
-        scaled = _add_change(scaled, h, core.to(h.dtype), offset)
+        scaled = _add_change(scaled, h, core, offset)
     if residual is not None:
         # The second product adds the bias: a separate addition would raise the dtype under autocast.
         return F.linear(scaled, U) + F.linear(x, residual, bias)
@@ -132,10 +132,10 @@ def _add_change(scaled: Tensor, h: Tensor, core: Tensor, offset: int) -> Tensor:
     rank, kept = core.shape[0], h.shape[-1]
     if core.ndim == 2 and rank == kept:
         # One kernel for product and sum.
-        return torch.addmm(scaled.reshape(-1, kept), h.reshape(-1, kept), core.T).view_as(h)
+        return torch.addmm(scaled.reshape(-1, kept), h.reshape(-1, kept), core.to(h.dtype).T).view_as(h)
     # A copy if the core is smaller than h: a view would keep all of h for the backward pass.
     region = h[..., offset : offset + rank].contiguous()
-    change = region * core if core.ndim == 1 else F.linear(region, core)
+    change = (region * core).to(h.dtype) if core.ndim == 1 else F.linear(region, core.to(h.dtype))
     return scaled + (change if rank == kept else F.pad(change, (offset, kept - offset - rank)))
 
 
