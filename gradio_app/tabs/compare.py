@@ -30,6 +30,7 @@ TO_ADDRESS = """(text) => {
 
 WAITING = "waiting for its turn"
 NO_LONGER_WAITING = f"(text) => text === {json.dumps(WAITING)} ? '' : text"
+A_MOMENT = "async () => { await new Promise((resolve) => setTimeout(resolve, 700)); return []; }"
 STOPPED = f"(text) => text === {json.dumps(WAITING)} || / of /.test(text) ? 'stopped' : text"
 
 
@@ -178,8 +179,9 @@ class CompareTab:
             event.then(None, self.json, None, js=TO_ADDRESS)
             event.failure(None, self.status, self.status, js=NO_LONGER_WAITING, **QUIET)
             events.append(event)
-        # The word is set after the cancellation, so that a late output of the drawing cannot replace it.
-        self.stop.click(None, cancels=events).then(None, self.status, self.status, js=STOPPED, **QUIET)
+        stopped = self.stop.click(None, cancels=events).then(None, self.status, self.status, js=STOPPED, **QUIET)
+        # Once more a moment later: an output of the drawing that was on its way may have replaced the word.
+        stopped.then(None, None, None, js=A_MOMENT, **QUIET).then(None, self.status, self.status, js=STOPPED, **QUIET)
 
     def read_form(self, uploaded: dict[str, Run], *values) -> tuple[Comparison, list[Run | None]]:
         """The checked comparison of the form, and the runs of its columns.
