@@ -24,7 +24,7 @@ NO_PRESET = "none"
 # Characters per line of the plan.
 PLAN_WIDTH = 48
 PRESET_CHOICES = [NO_PRESET, *PRESETS]
-# The better of the rates that were tried on the embedded base (see README); the text encoder has a tenth of the rate.
+# The better of the rates that were tried on the embedded base (see docs/demo.md); the text encoder has a tenth of the rate.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "pissa": 3e-4, "dora": 1e-3, "svfit": 1e-2, "svft": 1e-2, "full": 3e-4}
 RANKED = ("lora", "pissa", "dora")
 CLASS_PICTURES = 24

@@ -32,7 +32,7 @@ from cersa_diffusion.training.run.result import RESULT_FILE
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE, CLIP = REPOSITORY / "assets" / "emoji-base", REPOSITORY / "assets" / "emoji-clip"
 SUBJECTS = REPOSITORY / "assets" / "subjects"
-# The better of the rates that were tried (see README); the text encoder has a tenth of the rate.
+# The better of the rates that were tried (see docs/demo.md); the text encoder has a tenth of the rate.
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
 ALPHA, RANK = 0.95, 32

@@ -62,8 +62,8 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
         # Unused parameters: nothing reads the last layer of SDXL's first text encoder; processes would wait for its gradients.
-        # Buffers: they are frozen bases, which `share_bases` sends once. Timeout: one process draws the class pictures while the
-        # others wait longer than usual.
+        # Buffers: none changes in training, and `share_bases` has sent those of the CERSA layers. Timeout: one process draws the
+        # class pictures while the others wait longer than usual.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=len(config.family.text_encoders) > 1),
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
