@@ -36,6 +36,7 @@ from cersa_diffusion import CersaConfig, inject_cersa, trainable_parameters
 from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor
 from cersa_diffusion.weights.cache import DecompositionCache, leading_factors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
+from cersa_diffusion.weights.stored import FinestWeight
 
 METHODS = ("cersa", "lora", "full")
 # (width, tokens) of the transformer blocks of the UNet.
@@ -84,7 +85,7 @@ def one_by_one(jobs: list[LayerJob]) -> float:
     """Seconds for the decompositions of one layer after the other, each with all threads."""
     start = time.perf_counter()
     for job in jobs:
-        leading_factors(job.load(), job.choose_rank, None)
+        leading_factors(job.load().tensor, job.choose_rank, None)
     return time.perf_counter() - start
 
 
@@ -108,7 +109,7 @@ def decomposition(fraction: float, share: float, device: str, serial: bool) -> d
             def load(name: str, path: Path = path) -> Tensor:
                 return read_tensor(path, name).to(device)
 
-            jobs = [LayerJob(name, shape, lambda name=name: load(name), config.kept_rank) for name in names]
+            jobs = [LayerJob(name, shape, lambda name=name: FinestWeight(load(name)), config.kept_rank) for name in names]
             row = {"m": shape[0], "n": shape[1], "layers": count, "measured": len(names)}
             row["one_by_one"] = one_by_one(jobs) if serial else None
             row |= {"cold": in_parallel(jobs), "cached": in_parallel(jobs)}

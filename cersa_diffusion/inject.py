@@ -13,11 +13,20 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
-from cersa_diffusion.layers.model import cersa_layers, check_layers, installed_layers, match_targets, replace_module
+from cersa_diffusion.layers.model import (
+    all_or_nothing,
+    cersa_layers,
+    check_layers,
+    finest_matrix,
+    installed_layers,
+    match_targets,
+    replace_module,
+)
 from cersa_diffusion.memory.budget import select_ranks
 from cersa_diffusion.memory.cost import is_profitable
+from cersa_diffusion.weights.cache import LeadingFactors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
-from cersa_diffusion.weights.stored import Checkpoint
+from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 # By layer name; None for a layer that stays dense.
 RanksByLayer: TypeAlias = Mapping[str, LayerRanks | None]
@@ -103,12 +112,16 @@ def inject_cersa(
     *,
     ranks: RanksByLayer | None = None,
     keep_base: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     show_progress: bool = True,
 ) -> InjectionReport:
     """Replaces the target linear layers of a model by CERSA layers with zero cores; only the cores stay trainable.
 
-    All or nothing: every layer is checked and decomposed before the first one is replaced. The on-disk cache keeps the
-    decompositions for the next injection or load (see `cersa_diffusion.weights.cache`).
+    Layer by layer: the dense weight is dropped when its CERSA layer is in place, so that a model takes hardly more memory while
+    it is prepared than before or after. All or nothing: if anything fails, the dense layers are put back, from the checkpoint
+    where that holds them. The on-disk cache keeps the decompositions for the next injection or load (see
+    `cersa_diffusion.weights.cache`).
 
     Args:
         model: any torch model; changed in place.
@@ -118,6 +131,8 @@ def inject_cersa(
             models share, or for other conditions of training. They take precedence over the settings.
         keep_base: keep the replaced weights for `restore_base`: as a copy in CPU memory, or as a reference to the checkpoint
             file if the weights in memory still equal those in it.
+        device, dtype: of the factors; default: those of the weights. A model in CPU memory can so be moved to a GPU without ever
+            being there in dense form; move and cast the rest of it afterwards, biases included, with ``model.to(device, dtype)``.
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
@@ -128,50 +143,59 @@ def inject_cersa(
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
     ranks = _known_ranks(model, targets, config, ranks, show_progress)
-    prepared = list(_build_layers(model, targets, config, adapter_name, ranks, keep_base, show_progress))
-    layers = {row.name: layer for layer, row in prepared}
-    skipped = [name for name in targets if name not in layers]
-    if not layers:
-        remedy = f"lower alpha ({config.alpha})" if config.memory_budget is None else f"lower the budget ({config.memory_budget})"
-        raise ConfigError(f"unprofitable='skip' skips all {len(skipped)} layers: {remedy} or set unprofitable='factor'")
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    return InjectionReport([row for _, row in prepared], skipped, time.perf_counter() - start)
-
-
-def _build_layers(
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    config: CersaConfig,
-    adapter_name: str,
-    ranks: RanksByLayer | None,
-    keep_base: bool,
-    show_progress: bool,
-) -> Iterator[tuple[CersaLinear, LayerReport]]:
-    """The CERSA layers with untrained cores, in model order; a target that stays dense has none."""
-    ranks_of = {name: config.layer_ranks if ranks is None else (lambda _, fixed=ranks[name]: fixed) for name in targets}
-    checkpoint = Checkpoint.of(model)
-    stored_weights = {
-        name: checkpoint.find(name, matrix_of(linear), finer_only=not keep_base)
-        for name, linear in targets.items()
-        if ranks is None or ranks[name] is not None
-    }
-    jobs = [
-        LayerJob.of(name, matrix_of(targets[name]), lambda s, choose_ranks=ranks_of[name]: choose_ranks(s).kept, stored)
-        for name, stored in stored_weights.items()
-    ]
-    skip_unprofitable = ranks is None and config.unprofitable == "skip"
-    keep = {"keep_residual": config.residual == "keep", "keep_base": keep_base}
-    with decompose_layers(jobs, show_progress=show_progress) as decomposed:
-        for name, factors in decomposed:
-            linear, layer_ranks = targets[name], ranks_of[name](factors.s)
-            if skip_unprofitable and not is_profitable(*matrix_of(linear).shape, layer_ranks, config):
-                continue
-            options = {**keep, "stored": stored_weights[name], "pivots": factors.pivots}
-            layer = build_layer(linear, factors, layer_ranks.kept, **options)
+    shapes = {name: tuple(matrix_of(layer).shape) for name, layer in targets.items() if ranks is None or ranks[name] is not None}
+    names = list(targets)
+    # The weights are dropped one by one, so nothing here may hold them.
+    del targets
+    rows = []
+    with all_or_nothing(model):
+        placed = {"device": None if device is None else torch.device(device), "dtype": dtype}
+        for name, layer, factors, layer_ranks in _built_layers(model, shapes, config, ranks, placed, show_progress):
+            # In this thread and in model order: random cores depend on the order.
             layer.add_core(adapter_name, new_core(name, config, layer_ranks, factors))
-            yield layer, _report(name, layer, adapter_name, factors.s)
+            replace_module(model, name, layer)
+            rows.append(_report(name, layer, adapter_name, factors.s))
+        if not rows:
+            setting = f"alpha ({config.alpha})" if config.memory_budget is None else f"the budget ({config.memory_budget})"
+            raise ConfigError(f"unprofitable='skip' skips all {len(names)} layers: lower {setting} or set unprofitable='factor'")
+    model.requires_grad_(False)
+    replaced = {row.name: model.get_submodule(row.name) for row in rows}
+    for layer in replaced.values():
+        layer.cores[adapter_name].requires_grad_(True)
+        if not keep_base:
+            layer.forget_base()
+    return InjectionReport(rows, [name for name in names if name not in replaced], time.perf_counter() - start)
+
+
+def _built_layers(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, int]],
+    config: CersaConfig,
+    ranks: RanksByLayer | None,
+    placed: dict,
+    show_progress: bool,
+) -> Iterator[tuple[str, CersaLinear, LeadingFactors, LayerRanks]]:
+    """The CERSA layers without cores, in model order, with their factors and ranks; a target that stays dense has none."""
+    checkpoint = Checkpoint.of(model)
+
+    def job(name: str, shape: tuple[int, int]) -> LayerJob:
+        def ranks_of(singular_values: torch.Tensor) -> LayerRanks:
+            return config.layer_ranks(singular_values) if ranks is None else ranks[name]
+
+        def build(weight: FinestWeight, factors: LeadingFactors) -> tuple | None:
+            layer_ranks = ranks_of(factors.s)
+            if ranks is None and config.unprofitable == "skip" and not is_profitable(*shape, layer_ranks, config):
+                return None
+            options = {"keep_residual": config.residual == "keep", "pivots": factors.pivots, **placed}
+            layer = build_layer(model.get_submodule(name), factors, layer_ranks.kept, weight, **options)
+            return layer, factors, layer_ranks
+
+        return LayerJob(name, shape, lambda: finest_matrix(model, name, checkpoint), lambda s: ranks_of(s).kept, build)
+
+    with decompose_layers([job(*target) for target in shapes.items()], show_progress=show_progress) as results:
+        for name, result in results:
+            if result is not None:
+                yield name, *result
 
 
 def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: torch.Tensor) -> LayerReport:

@@ -13,6 +13,7 @@ from cersa_diffusion import CersaConfig, CersaLinear, ConfigError, NonFiniteErro
 from cersa_diffusion.config import svfit_config, svft_config
 from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.layers.kinds import build_layer
+from cersa_diffusion.weights.stored import FinestWeight
 
 from .conftest import DEVICE, frozen_parameters, raises, randn, train
 
@@ -186,7 +187,7 @@ def test_the_residual_is_where_the_weight_is():
         factors = Decomposition(torch.empty(6, 6), torch.empty(6), torch.empty(6, 8))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("cersa_diffusion.layers.kinds.base_entries", lambda weight: ())
-            layer = build_layer(linear, factors, 6, keep_residual=True, keep_base=False)
+            layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), keep_residual=True)
         assert layer.residual.device == layer.U.device == linear.weight.device != factors.U.device
 
 

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,18 @@ from cersa_diffusion.functional import Decomposition, block_to_core, float64
 from cersa_diffusion.layers.core import MatrixCore
 from cersa_diffusion.layers.kinds import KINDS, build_layer, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
-from cersa_diffusion.layers.model import LONE_COMPONENT, all_or_nothing, check_layers, components_of, replace_module
+from cersa_diffusion.layers.model import (
+    LONE_COMPONENT,
+    all_or_nothing,
+    check_layers,
+    components_of,
+    finest_matrix,
+    replace_module,
+)
+from cersa_diffusion.weights.cache import LeadingFactors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
-from cersa_diffusion.weights.fingerprint import base_difference, base_entries
-from cersa_diffusion.weights.stored import Checkpoint, StoredWeight, finest_weight
+from cersa_diffusion.weights.fingerprint import base_difference
+from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 
 def load_adapter(
@@ -33,9 +42,10 @@ def load_adapter(
 ) -> None:
     """Loads an adapter into a model: layers that are still dense are decomposed first, unless the file contains the bases.
 
-    All or nothing: everything is read, checked and computed before the first layer is replaced. Layers that already carry an
-    adapter keep their truncation, with a warning if this adapter was trained with another number of components. If the
-    checkpoint on disk stores a weight in more bits than memory, that weight is decomposed (`cersa_diffusion.weights.stored`).
+    All or nothing: the file is read and the layers are checked before the first one is replaced, and if anything fails later, the
+    dense layers are put back. Every dense weight is dropped when its CERSA layer is in place. Layers that already carry an
+    adapter keep their truncation, with a warning if this adapter was trained with another number of components. If the checkpoint
+    on disk stores a weight in more bits than memory, that weight is decomposed (`cersa_diffusion.weights.stored`).
 
     Args:
         model: a model of the base that the adapter was trained on, or the components of a pipeline by name.
@@ -64,22 +74,48 @@ def load_adapter(
             dense[target.component][target.name] = target.module
     for component, layers in dense.items():
         check_layers(components[component], layers)
+    # The dense layers are dropped one by one, so nothing here may hold them.
+    targets = {key: target._replace(module=None) for key, target in targets.items()}
+    replaced = {key for key, target in targets.items() if target.name in dense[target.component]}
+    del dense, layers
 
-    prepared = list(_prepare(targets, components, keep_base, show_progress))
-    _check_bases(prepared, adapter, allow_base_mismatch)
-    for key, _, values, _ in prepared:
-        if values is None:
-            raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
-    warn_of_other_truncation(((key, target.module, target.stored) for key, target in targets.items()), adapter.source)
-    header = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
     with all_or_nothing(*components.values()):
-        for key, layer, values, _ in prepared:
-            component, name, module, stored = targets[key]
-            core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
-            core.facts, core.trained_kept_rank = header, stored.kept_rank
-            layer.add_core(adapter_name, core, strength)
-            if module is not layer:
-                replace_module(components[component], name, layer)
+        solved = _solved_layers(targets, replaced, components, show_progress)
+        differences = _place(solved, targets, replaced, components, adapter, adapter_name, strength, allow_base_mismatch)
+        _check_bases(differences, adapter, allow_base_mismatch)
+    modules = {key: components[target.component].get_submodule(target.name) for key, target in targets.items()}
+    if not keep_base:
+        for key in replaced:
+            modules[key].forget_base()
+    warn_of_other_truncation(((key, modules[key], target.stored) for key, target in targets.items()), adapter.source)
+
+
+def _place(
+    solved: Iterator["_Solved"],
+    targets: Mapping[str, "Target"],
+    replaced: Set[str],
+    components: Mapping[str, nn.Module],
+    adapter: AdapterFile,
+    adapter_name: str,
+    strength: float,
+    allow_base_mismatch: bool,
+) -> dict[str, tuple[float, float]]:
+    """Gives every layer its core and puts new layers in place; returns by how much the bases differ (`base_difference`)."""
+    header = {"config": adapter.config, "base_model": adapter.base_model, "training": adapter.training}
+    differences: dict[str, tuple[float, float]] = {}
+    for key, layer, values, difference in solved:
+        component, name, _, stored = targets[key]
+        differences[key] = difference
+        if values is None:
+            # The reason may be that this is another base.
+            _check_bases(differences, adapter, allow_base_mismatch)
+            raise AdapterFormatError(f"{adapter.source}: layer {key}: its pivot rows or columns are dependent in this base")
+        core = MatrixCore(stored.core_rank, stored.offset, values).requires_grad_(False)
+        core.facts, core.trained_kept_rank = header, stored.kept_rank
+        layer.add_core(adapter_name, core, strength)
+        if key in replaced:
+            replace_module(components[component], name, layer)
+    return differences
 
 
 class Target(NamedTuple):
@@ -146,7 +182,7 @@ def _base_name(adapter: AdapterFile) -> str:
     return f" ({name})" if name else ""
 
 
-class _Prepared(NamedTuple):
+class _Solved(NamedTuple):
     """A layer for the model, its core (None if it cannot be solved for), and the result of `base_difference` for its base."""
 
     key: str
@@ -155,41 +191,44 @@ class _Prepared(NamedTuple):
     difference: tuple[float, float]
 
 
-def _prepare(
-    targets: dict[str, Target], components: Mapping[str, nn.Module], keep_base: bool, show_progress: bool
-) -> Iterator[_Prepared]:
+def _solved_layers(
+    targets: dict[str, Target], replaced: set[str], components: Mapping[str, nn.Module], show_progress: bool
+) -> Iterator[_Solved]:
+    """The layers that are CERSA layers already, then those with bases in the file, then those that are decomposed."""
     checkpoints = {name: Checkpoint.of(model) for name, model in components.items()}
-    stored_weights, jobs = {}, []
-    for key, (component, name, module, stored) in targets.items():
-        if isinstance(module, CersaLinear):
+    jobs = []
+    for key, (component, name, _, stored) in targets.items():
+        module = components[component].get_submodule(name)
+        if key not in replaced:
             factors = Decomposition(module.U, module.s, module.Vh)
-            yield _Prepared(key, module, solve_core(factors, stored), _base_difference(module.s, module.base_entries, stored))
+            yield _Solved(key, module, solve_core(factors, stored), _base_difference(module.s, module.base_entries, stored))
             continue
-        stored_weights[key] = checkpoints[component].find(name, matrix_of(module), finer_only=not keep_base)
+        load = partial(finest_matrix, components[component], name, checkpoints[component])
+        build = partial(_build, key, components[component], targets[key])
         if stored.bases is None:
-            jobs.append(LayerJob.of(key, matrix_of(module), lambda s, k=stored.kept_rank: k, stored_weights[key]))
+            jobs.append(LayerJob(key, tuple(matrix_of(module).shape), load, lambda s, k=stored.kept_rank: k, build))
         else:
             factors = Decomposition(*(factor.to(matrix_of(module).device, torch.float32) for factor in stored.bases))
-            yield _build(key, targets[key], factors, stored_weights[key], keep_base)
-    with decompose_layers(jobs, show_progress=show_progress) as decomposed:
-        for key, factors in decomposed:
-            yield _build(key, targets[key], factors, stored_weights[key], keep_base)
+            del module
+            yield build(load(), factors)
+    with decompose_layers(jobs, show_progress=show_progress) as solved:
+        yield from (layer for _, layer in solved)
 
 
-def _build(key: str, target: Target, factors: Decomposition, stored_weight: StoredWeight | None, keep_base: bool) -> _Prepared:
-    module, stored = target.module, target.stored
-    weight = finest_weight(matrix_of(module), stored_weight)
-    singular_values, pivots = factors.s, None
+def _build(key: str, model: nn.Module, target: Target, weight: FinestWeight, factors: Decomposition | LeadingFactors) -> _Solved:
+    stored, singular_values, pivots = target.stored, factors.s, None
     if stored.bases is None:
         pivots = factors.pivots
     else:
         # There is no decomposition: the present weight is projected on the stored vectors.
         leading = slice(len(stored.leading_singular_values))
-        singular_values = ((float64(factors.U[:, leading]).T @ float64(weight)) * float64(factors.Vh[leading])).sum(1)
-    options = {"keep_residual": stored.residual_kept, "keep_base": keep_base, "stored": stored_weight, "pivots": pivots}
-    layer = build_layer(module, factors, stored.kept_rank, **options)
+        matrix = float64(weight.tensor.to(factors.U.device))
+        singular_values = ((float64(factors.U[:, leading]).T @ matrix) * float64(factors.Vh[leading])).sum(1)
+    dense = model.get_submodule(target.name)
+    layer = build_layer(dense, factors, stored.kept_rank, weight, keep_residual=stored.residual_kept, pivots=pivots)
+    difference = _base_difference(singular_values, layer.base_entries, stored)
     # The core is computed from the factors before the layer rounds them to its dtype.
-    return _Prepared(key, layer, solve_core(factors, stored), _base_difference(singular_values, base_entries(weight), stored))
+    return _Solved(key, layer, solve_core(factors, stored), difference)
 
 
 def _base_difference(singular_values: torch.Tensor, entries: tuple[float, ...], stored: StoredLayer) -> tuple[float, float]:
@@ -209,15 +248,15 @@ def solve_core(factors: Decomposition, stored: StoredLayer) -> torch.Tensor | No
     return core if torch.isfinite(core).all() else None
 
 
-def _check_bases(prepared: list[_Prepared], adapter: AdapterFile, allowed: bool) -> None:
-    differing = {layer.key: layer.difference for layer in prepared if layer.difference[1] > 1}
+def _check_bases(differences: Mapping[str, tuple[float, float]], adapter: AdapterFile, allowed: bool) -> None:
+    differing = {key: difference for key, difference in differences.items() if difference[1] > 1}
     if not differing:
         return
     most_different = sorted(differing, key=lambda key: -differing[key][1])[:3]
     listing = ", ".join(f"{key} ({differing[key][0]:.2%})" for key in most_different)
     message = (
         f"{adapter.source}: trained on another base model{_base_name(adapter)}: the weights of {len(differing)} of "
-        f"{len(prepared)} layers differ from those of this model, most of all {listing}"
+        f"{len(differences)} layers differ from those of this model, most of all {listing}"
     )
     if not allowed:
         raise BaseMismatchError(f"{message}: load it into its own base, or pass allow_base_mismatch=True to try it anyway")

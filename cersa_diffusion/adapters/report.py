@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from cersa_diffusion.adapters.file import AdapterFile, StoredLayer
 from cersa_diffusion.adapters.load import resolve_layers, solve_core
 from cersa_diffusion.layers.kinds import matrix_of
+from cersa_diffusion.layers.model import finest_matrix
 from cersa_diffusion.weights.cache import LeadingFactors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.fingerprint import relative
@@ -84,9 +86,9 @@ def compare_adapters(
         checkpoints = {name: Checkpoint.of(model) for name, model in base.items()}
         jobs = []
         for name, (component, module_name, module, _) in targets.items():
-            stored = checkpoints[component].find(module_name, module.weight, finer_only=True)
+            load = partial(finest_matrix, base[component], module_name, checkpoints[component])
             rank = max(a.layers[name].kept_rank, b.layers[name].kept_rank)
-            jobs.append(LayerJob.of(name, matrix_of(module), lambda s, k=rank: k, stored))
+            jobs.append(LayerJob(name, tuple(matrix_of(module).shape), load, lambda s, k=rank: k))
         with decompose_layers(jobs, show_progress=show_progress) as decomposed:
             rows = [_compare_cores(name, factors, a.layers[name], b.layers[name]) for name, factors in decomposed]
     for adapter, other, note in ((a, b, "only in the first"), (b, a, "only in the second")):

@@ -35,6 +35,7 @@ from cersa_diffusion.layers.model import DECOMPOSABLE, check_untied, match_targe
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.fingerprint import SINGULAR_VALUES, base_entries
+from cersa_diffusion.weights.stored import FinestWeight
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
 
@@ -110,7 +111,7 @@ def compress(
             settings of later training (beta, core, block) have no effect here.
         dtype: storage dtype of bases and other floating-point tensors of the compressed components; default: the dtype in the
             checkpoint. Singular values are float32.
-        device: device of the decomposition; default: the CPU.
+        device: device of the decomposition; default: the accelerator, if there is one that has float64, else the CPU.
         revision: revision of a model on the hub.
         variant: variant of the weight files ("fp16").
         show_progress: show a bar with layer names and remaining time.
@@ -200,13 +201,14 @@ def _write_model(
     def job(name: str, shape: tuple[int, int]) -> LayerJob:
         label = f"{plan.component.name}.{name}" if plan.component.name else name
         path = plan.files[f"{name}.weight"]
-        return LayerJob(label, shape, lambda: _read_weight(path, name, shape).to(device or "cpu"), config.kept_rank)
+        return LayerJob(label, shape, lambda: FinestWeight(_read_weight(path, name, shape)), config.kept_rank)
 
     with contextlib.closing(writer):
         for name, path in plan.files.items():
             if name.removesuffix(".weight") not in plan.targets or not name.endswith(".weight"):
                 writer.add(name, converted(read_tensor(path, name)))
-        with decompose_layers([job(*target) for target in plan.targets.items()], show_progress=show_progress) as decomposed:
+        jobs, solver = [job(*target) for target in plan.targets.items()], None if device is None else torch.device(device)
+        with decompose_layers(jobs, device=solver, show_progress=show_progress) as decomposed:
             for (name, shape), (_, factors) in zip(plan.targets.items(), decomposed, strict=True):
                 path, ranks = plan.files[f"{name}.weight"], config.layer_ranks(factors.s)
                 weight = read_tensor(path, f"{name}.weight")

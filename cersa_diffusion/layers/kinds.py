@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.config import CersaConfig, LayerRanks
@@ -11,7 +12,7 @@ from cersa_diffusion.functional import Decomposition, Pivots, float64
 from cersa_diffusion.layers.core import Core, DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.weights.fingerprint import base_entries
-from cersa_diffusion.weights.stored import StoredWeight, finest_weight
+from cersa_diffusion.weights.stored import FinestWeight
 
 
 @dataclass(frozen=True)
@@ -59,33 +60,37 @@ def build_layer(
     dense: nn.Module,
     factors: Decomposition,
     kept_rank: int,
+    weight: FinestWeight,
     *,
     keep_residual: bool,
-    keep_base: bool,
-    stored: StoredWeight | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     pivots: Pivots | None = None,
 ) -> CersaLinear:
     """The CERSA layer for a dense layer, without cores and not yet part of the model.
+
+    It keeps the way back to the dense layer: a reference to its file or, if no file holds it, the weight itself in CPU memory.
 
     Args:
         dense: the layer to replace.
         factors: its decomposition, at least the leading `kept_rank` triplets.
         kept_rank: k.
+        weight: the weight that was decomposed.
         keep_residual: keep the part of the weight outside these components, frozen and dense.
-        keep_base: keep the weight for `restore_base`, in CPU memory unless the checkpoint stores it.
-        stored: the weight in the checkpoint, if it was found there.
+        device, dtype: of the new layer; default: those of the dense layer. The bias is shared and stays as it is.
         pivots: the pivots of the decomposition, if they are known.
     """
-    weight, residual = matrix_of(dense), None
+    matrix, residual = matrix_of(dense), None
+    device, dtype = device or matrix.device, dtype or matrix.dtype
     if keep_residual:
         # The cache returns tensors on the CPU.
-        factors = Decomposition(*(factor.to(weight.device) for factor in (factors.U, factors.s, factors.Vh)))
+        factors = Decomposition(*(factor.to(device) for factor in (factors.U, factors.s, factors.Vh)))
         # Computed from the bases as rounded to the compute dtype, so that bases and residual add up to the weight.
-        U, Vh = (float64(basis.to(weight.dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
-        residual = float64(weight) - (U * factors.s[:kept_rank].float().double()) @ Vh
-    dense_weight = (stored or weight) if keep_base else None
-    layer = _kind(dense).cersa_class(factors, kept_rank, dense.bias, weight.dtype, weight.device, dense_weight, residual, pivots)
-    layer.base_entries = base_entries(finest_weight(weight, stored))
+        U, Vh = (float64(basis.to(dtype)) for basis in (factors.U[:, :kept_rank], factors.Vh[:kept_rank]))
+        residual = float64(matrix.to(device)) - (U * factors.s[:kept_rank].float().double()) @ Vh
+    dense_weight = weight.stored or matrix
+    layer = _kind(dense).cersa_class(factors, kept_rank, dense.bias, dtype, device, dense_weight, residual, pivots)
+    layer.base_entries = base_entries(weight.tensor)
     return layer
 
 

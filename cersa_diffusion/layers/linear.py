@@ -90,6 +90,10 @@ class CersaLinear(KeepsFloat32):
         """A weight on the meta device, with shape and dtype but no numbers: some models (T5) read the dtype of a layer."""
         return torch.empty(self.out_features, self.in_features, dtype=self.U.dtype, device="meta")
 
+    def forget_base(self) -> None:
+        """Gives up the replaced weight: `restore_base` can then no longer put it back."""
+        self._dense = (None,)
+
     def add_core(self, adapter_name: str, core: Core, strength: float = 1.0) -> None:
         """Adds a core and moves it to the device of the layer.
 

@@ -1,15 +1,17 @@
 """The layers of a model: selecting them by name, checking whether they can be decomposed, finding and replacing them."""
 
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from cersa_diffusion.errors import ConfigError, NonFiniteError
-from cersa_diffusion.layers.kinds import KINDS, can_be_factored
+from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.layers.kinds import KINDS, as_dense, can_be_factored, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
+from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 # Dtypes of weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
 DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -90,6 +92,14 @@ def check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             raise ConfigError(f"layer {name} shares its weight with {sharing}: untie it or add it to exclude_modules")
 
 
+def finest_matrix(model: nn.Module, name: str, checkpoint: Checkpoint) -> FinestWeight:
+    """The matrix of a dense layer with the most exact numbers that memory and checkpoint hold.
+
+    Looked up by name, so that a caller need not hold the layer until then.
+    """
+    return checkpoint.finest(name, matrix_of(model.get_submodule(name)))
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replaces the submodule of this name by another module, which takes over the training mode."""
     parent_name, _, child_name = name.rpartition(".")
@@ -137,10 +147,14 @@ def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Mo
 def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     """Undoes the changes of the block to layers, cores and strengths of the models if it raises (an interrupt included).
 
-    The tensors themselves are not copied: operations that write into cores must undo this themselves.
+    The tensors themselves are not copied: operations that write into cores must undo this themselves. The dense layers that the
+    block replaces are not held, so that their memory is free at once: the CERSA layers in their place know the way back.
     """
     classes = (*KINDS, CersaLinear, FusedLinear)
-    modules = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, classes)]
+    present = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, classes)]
+    dense = [_DenseLayer(*layer) for layer in present if can_be_factored(layer[2])]
+    modules = [layer for layer in present if not can_be_factored(layer[2])]
+    del present
     layers = [layer for model in models for layer in cersa_layers(model).values()]
     states = [(layer, dict(layer.cores.items()), dict(layer.strengths), layer.enabled) for layer in layers]
     try:
@@ -152,4 +166,27 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
         for layer, cores, strengths, enabled in states:
             layer.cores = nn.ModuleDict(cores)
             layer.strengths, layer.enabled = strengths, enabled
+        for layer in dense:
+            layer.put_back()
         raise
+
+
+class _DenseLayer:
+    """A dense layer of a model, without holding it."""
+
+    def __init__(self, model: nn.Module, name: str, module: nn.Module):
+        self.model, self.name, self.module, self.device = model, name, weakref.ref(module), matrix_of(module).device
+
+    def put_back(self) -> None:
+        """Puts the layer back in its place: the module itself if somebody still holds it, else one with its weight."""
+        current, module = self.model.get_submodule(self.name), self.module()
+        if current is module or (module is None and can_be_factored(current)):
+            return  # an inner block has put it back
+        if module is None:
+            weight = current.dense_weight
+            if weight is None:
+                raise CersaError(
+                    f"layer {self.name} cannot be put back, because the file of its weight has changed: load the model again"
+                )
+            module = as_dense(current, weight.to(self.device))
+        replace_module(self.model, self.name, module)

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
 from cersa_diffusion.layers.kinds import matrix_of
+from cersa_diffusion.layers.model import finest_matrix
 from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, LayerInput, cersa_memory, is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
@@ -64,17 +66,19 @@ def survey(
         ConfigError: a target layer has no entry in `tokens`.
     """
     checkpoints = {component: Checkpoint.of(model) for component, model in components.items()}
-    jobs = []
-    for name, (linear, config) in targets.items():
+
+    def job(name: str, linear: nn.Module, config: CersaConfig) -> LayerJob:
         component, _, layer = name.partition(".")
         # The injection also decomposes the weight on disk where that is more exact.
-        weight = matrix_of(linear)
-        stored = checkpoints[component].find(layer, weight, finer_only=True)
+        load = partial(finest_matrix, components[component], layer, checkpoints[component])
         # A budget may choose any rank, so the cache keeps all singular vectors.
-        jobs.append(LayerJob.of(name, weight, config.kept_rank if config.memory_budget is None else len, stored))
+        choose_rank = config.kept_rank if config.memory_budget is None else len
+        return LayerJob(name, tuple(matrix_of(linear).shape), load, choose_rank, lambda weight, factors: factors.s)
+
     dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
-    with decompose_layers(jobs, show_progress=show_progress) as results:
-        return [TargetLayer(name, dense[name], targets[name][1], factors.s) for name, factors in results]
+    jobs = [job(name, *target) for name, target in targets.items()]
+    with decompose_layers(jobs, show_progress=show_progress) as spectra:
+        return [TargetLayer(name, dense[name], targets[name][1], spectrum) for name, spectrum in spectra]
 
 
 def dense_layers(

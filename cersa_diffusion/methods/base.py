@@ -64,12 +64,16 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def prepare(self, component: str, model: nn.Module) -> str:
+    def prepare(
+        self, component: str, model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> str:
         """Changes a model so that only the parameters of this method are trained; returns a description in one line.
 
         Args:
             component: name of the component in `targets`.
-            model: changed in place; if an error is raised, it is not changed.
+            model: changed in place; if an error is raised, its layers are not changed.
+            device, dtype: device and compute dtype of the training, to which the caller moves and casts (`cast_frozen`) the model
+                afterwards: a method may bring large weights into this form at once. Default: those of the model.
 
         Raises:
             ConfigError: the method cannot be applied to the target layers.

@@ -43,8 +43,8 @@ class CersaMethod(Method):
             configs = {name: self.config(name) for name in components}
             self._ranks = choose_ranks(components, configs, weight_dtype=dtype, optimizer=optimizer, also_trained=also_trained)
 
-    def prepare(self, component, model):
-        report = inject_cersa(model, self.config(component), ranks=self._ranks.get(component))
+    def prepare(self, component, model, device=None, dtype=None):
+        report = inject_cersa(model, self.config(component), ranks=self._ranks.get(component), device=device, dtype=dtype)
         self.reports[component] = report
         return str(report)
 

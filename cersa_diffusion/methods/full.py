@@ -14,7 +14,7 @@ class FullMethod(Method):
     needs_base = False
     opening = 'pipe = {pipeline}.from_pretrained("{path}")'
 
-    def prepare(self, component, model):
+    def prepare(self, component, model, device=None, dtype=None):
         targets = self.targets[component]
         if targets is None:
             model.requires_grad_(True)

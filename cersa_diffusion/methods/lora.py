@@ -31,7 +31,7 @@ class LoraMethod(Method):
     lora_settings: ClassVar[dict] = {}
     opening = BASE_LINE + '\npipe.load_lora_weights("{path}")'
 
-    def prepare(self, component, model):
+    def prepare(self, component, model, device=None, dtype=None):
         layers = match_targets(model, self.targets[component])
         self._check_layers(layers)
         # peft matches name endings: whole names exclude convolutions with the same ending. The prefix of the text encoder is
@@ -135,8 +135,10 @@ class PissaMethod(LoraMethod):
                 f"lower the rank to {smallest}, or remove this layer from the target modules"
             )
 
-    def prepare(self, component, model):
-        description = super().prepare(component, model)
+    def prepare(self, component, model, device=None, dtype=None):
+        # peft decomposes the weights where they are.
+        model.to(device)
+        description = super().prepare(component, model, device, dtype)
         state = get_peft_model_state_dict(model)
         self._initial[component] = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         return description

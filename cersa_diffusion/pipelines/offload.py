@@ -1,8 +1,9 @@
-"""Changes of the layers of a pipeline with CPU offloading: the hooks are removed before the change and restored after it."""
+"""CPU offloading: hooks are removed while layers change; and a model that computes on a device from CPU memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from cersa_diffusion.private_names import REAPPLY_GROUP_OFFLOADING
@@ -49,3 +50,25 @@ def _offloading(pipeline, modules: list[nn.Module]):
                 hooks = (hook for submodule in module.modules() for hook in hooks_of(submodule))
                 return method, next(hook.execution_device for hook in hooks if hook.execution_device is not None)
     return None
+
+
+@contextmanager
+def run_from_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lets a model in CPU memory compute on an accelerator in the block: each weight is there only while its layer computes.
+
+    Args:
+        model: the model; afterwards all of its weights are as before.
+        device: where it computes; on a CPU nothing is done.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    # Imported here: accelerate would make `import cersa_diffusion` slower.
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    cpu_offload(model, execution_device=device, offload_buffers=True)
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(model)

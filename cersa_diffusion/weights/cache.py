@@ -248,7 +248,12 @@ def weight_key(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache: DecompositionCache | None) -> LeadingFactors:
+def leading_factors(
+    weight: Tensor,
+    choose_rank: Callable[[Tensor], int],
+    cache: DecompositionCache | None,
+    device: torch.device | None = None,
+) -> LeadingFactors:
     """The leading singular triplets of a weight, from the cache if it has enough of them.
 
     The bases are rounded to float32 with and without a cache, so that both give the same layers.
@@ -257,12 +262,14 @@ def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache:
         weight: (m, n) matrix of any floating dtype.
         choose_rank: gives the required number of triplets for the whole spectrum (float64, descending).
         cache: the cache that is read and written, or None.
+        device: where to decompose; None: where the weight is.
 
     Returns:
-        At least the required number of triplets.
+        At least the required number of triplets, in CPU memory if they come from the cache, else on the device.
     """
+    device = device or weight.device
     if cache is None:
-        return _compute_factors(weight, choose_rank)
+        return _compute_factors(weight, choose_rank, device)
     key = weight_key(weight)
     factors = cache.read(key)
     if _suffices(factors, weight, choose_rank):
@@ -270,7 +277,7 @@ def leading_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], cache:
     with cache.claim(key):
         factors = cache.read(key)  # another process may have written the entry in the meantime
         if not _suffices(factors, weight, choose_rank):
-            factors = _compute_factors(weight, choose_rank)
+            factors = _compute_factors(weight, choose_rank, device)
             cache.write(key, factors)
     return factors
 
@@ -281,9 +288,9 @@ def _suffices(factors: LeadingFactors | None, weight: Tensor, choose_rank: Calla
     return factors.U.shape[1] >= choose_rank(factors.s)
 
 
-def _compute_factors(weight: Tensor, choose_rank: Callable[[Tensor], int]) -> LeadingFactors:
-    with contextlib.nullcontext() if weight.device.type == "cpu" else _ACCELERATOR:
-        factors = decompose(weight)
+def _compute_factors(weight: Tensor, choose_rank: Callable[[Tensor], int], device: torch.device) -> LeadingFactors:
+    with contextlib.nullcontext() if device.type == "cpu" else _ACCELERATOR:
+        factors = decompose(weight.to(device))
         rank = choose_rank(factors.s)
         U, Vh = factors.U[:, :rank].float(), factors.Vh[:rank].float()
         return LeadingFactors(U, factors.s, Vh, *choose_pivots(U, Vh))

@@ -3,8 +3,8 @@
 On the CPU each layer is decomposed by one worker thread (LAPACK runs without Python's lock). With at least as many layers as
 threads, and at most `MAX_WORKERS` threads, every solver runs on a single thread, and the results do not depend on the number of
 threads. Otherwise, and between machines, results may differ in the last digits of float64, and singular vectors of close values
-may rotate: the format of the adapter file allows for this (docs/file-format.md). Weights on an accelerator are decomposed there,
-one at a time.
+may rotate: the format of the adapter file allows for this (docs/file-format.md). Where there is an accelerator, layers are
+decomposed there, one at a time, wherever the model is.
 
 Several processes share the work only through the cache: each process decomposes its own share first, and then the missing layers
 of the other shares; the locks of the cache prevent that a layer is decomposed twice. A process that dies does not block the
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from cersa_diffusion.errors import CersaError
 from cersa_diffusion.weights.cache import DecompositionCache, LeadingFactors, leading_factors
-from cersa_diffusion.weights.stored import StoredWeight, finest_weight
+from cersa_diffusion.weights.stored import FinestWeight
 
 # Limits the memory: a worker holds the float64 factors of a layer, about 200 MB for 5120 x 1280.
 MAX_WORKERS = 16
@@ -38,21 +39,17 @@ class LayerJob:
     Args:
         name: name of the layer, for progress and errors.
         shape: (m, n).
-        load: returns the weight; called in a worker thread, so that a file is read only when its turn comes.
+        load: returns the weight; called in a worker thread, so that a file is read only when its turn comes. It should not hold
+            the weight of a model: the model could then not drop it while the next layers are decomposed.
         choose_rank: gives the required number of triplets for the whole spectrum (float64, descending).
+        build: makes the result from the weight and its factors, in the worker thread; default: the factors are the result.
     """
 
     name: str
     shape: tuple[int, int]
-    load: Callable[[], Tensor]
+    load: Callable[[], FinestWeight]
     choose_rank: Callable[[Tensor], int]
-
-    @classmethod
-    def of(
-        cls, name: str, weight: Tensor, choose_rank: Callable[[Tensor], int], stored: StoredWeight | None = None
-    ) -> "LayerJob":
-        """The job for a weight in memory, which its checkpoint may store with more bits."""
-        return cls(name, tuple(weight.shape), lambda: finest_weight(weight, stored), choose_rank)
+    build: Callable[[FinestWeight, LeadingFactors], Any] = lambda weight, factors: factors
 
     @property
     def cost(self) -> int:
@@ -61,7 +58,9 @@ class LayerJob:
 
 
 @contextmanager
-def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) -> Iterator[Iterator[tuple[str, LeadingFactors]]]:
+def decompose_layers(
+    jobs: Sequence[LayerJob], *, device: torch.device | None = None, show_progress: bool = True
+) -> Iterator[Iterator[tuple[str, Any]]]:
     """Decomposes layers, each once, with the cache that the environment names.
 
     The context manager stops the work after an error or Ctrl-C in the loop over the results: layers in progress are finished
@@ -69,31 +68,37 @@ def decompose_layers(jobs: Sequence[LayerJob], *, show_progress: bool = True) ->
 
     Args:
         jobs: the layers.
+        device: where to decompose; default: the accelerator, if there is one that has float64, else the CPU.
         show_progress: show a bar with layer names and remaining time, in the first process only.
 
     Yields:
-        An iterator over (name, factors) in the order of the jobs, with factors from `leading_factors`. It holds at most one
-        result more than there are workers.
+        An iterator over (name, result of `LayerJob.build`) in the order of the jobs. It holds at most one result more than there
+        are workers.
 
     Raises:
         ConfigError: the settings of the cache cannot be used.
         CersaError: a solver failed on a layer.
     """
     cache, (rank, world_size) = DecompositionCache.default(), _rank_and_world_size()
+    device = device or solver_device()
     divided = cache is not None and world_size > 1
     with _workers(len(jobs)) as run, _Progress(jobs, show_progress and rank == 0) as progress:
         if divided:
             ordered = _own_share_first(jobs, rank, world_size)
-            for job, _ in zip(ordered, run(partial(_fill_cache, cache=cache), ordered), strict=True):
+            for job, _ in zip(ordered, run(partial(_fill_cache, cache=cache, device=device), ordered), strict=True):
                 progress.count(job)
-        yield _results(jobs, run(partial(_factors, cache=cache), jobs), None if divided else progress)
+        yield _results(jobs, run(partial(_result, cache=cache, device=device), jobs), None if divided else progress)
     if cache:
         cache.trim()
 
 
-def _results(
-    jobs: Sequence[LayerJob], results: Iterator[LeadingFactors], progress: "_Progress | None"
-) -> Iterator[tuple[str, LeadingFactors]]:
+def solver_device() -> torch.device:
+    """The accelerator, if there is one that has float64 (Apple's has not), else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+
+
+def _results(jobs: Sequence[LayerJob], results: Iterator[Any], progress: "_Progress | None") -> Iterator[tuple[str, Any]]:
     for job, result in zip(jobs, results, strict=True):
         if progress:
             progress.count(job)
@@ -123,14 +128,19 @@ def _rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def _fill_cache(job: LayerJob, cache: DecompositionCache) -> None:
+def _fill_cache(job: LayerJob, cache: DecompositionCache, device: torch.device) -> None:
     """Decomposes a layer into the cache; it returns nothing, so that the factors do not stay in memory."""
-    _factors(job, cache)
+    _factors(job, job.load().tensor, cache, device)
 
 
-def _factors(job: LayerJob, cache: DecompositionCache | None) -> LeadingFactors:
+def _result(job: LayerJob, cache: DecompositionCache | None, device: torch.device) -> Any:
+    weight = job.load()
+    return job.build(weight, _factors(job, weight.tensor, cache, device))
+
+
+def _factors(job: LayerJob, weight: Tensor, cache: DecompositionCache | None, device: torch.device) -> LeadingFactors:
     try:
-        return leading_factors(job.load(), job.choose_rank, cache)
+        return leading_factors(weight, job.choose_rank, cache, device)
     except torch.linalg.LinAlgError as error:
         raise CersaError(f"layer {job.name} cannot be decomposed ({error}): exclude it") from error
 

@@ -9,6 +9,7 @@ same name, is never confused with its checkpoint. Only safetensors files are rea
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
@@ -41,12 +42,8 @@ class StoredWeight:
     requires_grad: bool
     state: tuple[int, int, int]
 
-    def read(self, *, rounded: bool = True) -> Tensor | None:
-        """The weight on the CPU, or None if the file was changed or removed since the comparison.
-
-        Args:
-            rounded: return a copy in the dtype of the weight in memory; otherwise the stored tensor, memory-mapped.
-        """
+    def read(self) -> Tensor | None:
+        """The weight in its dtype in memory, on the CPU, or None if the file was changed or removed since the comparison."""
         try:
             if _state(self.path) != self.state:
                 return None
@@ -54,7 +51,19 @@ class StoredWeight:
                 tensor = file.get_tensor(self.key)
         except (OSError, safetensors.SafetensorError):
             return None
-        return tensor.to(self.dtype, copy=True).requires_grad_(self.requires_grad) if rounded else tensor
+        return tensor.to(self.dtype, copy=True).requires_grad_(self.requires_grad)
+
+
+class FinestWeight(NamedTuple):
+    """A weight with the most exact numbers there are.
+
+    Attributes:
+        tensor: (m, n) in CPU memory, or memory-mapped from the checkpoint if that is more exact than the model.
+        stored: the weight in the checkpoint, if its file holds exactly this weight.
+    """
+
+    tensor: Tensor
+    stored: StoredWeight | None = None
 
 
 class Checkpoint:
@@ -97,23 +106,27 @@ class Checkpoint:
                 continue
         return {key: sorted(files) for key, files in variants.items()}
 
-    def find(self, layer_name: str, weight: Tensor, *, finer_only: bool = False) -> StoredWeight | None:
-        """A reference to a layer's weight on disk, or None if no file holds exactly this weight.
+    def finest(self, layer_name: str, weight: Tensor) -> FinestWeight:
+        """The weight of a layer with the most exact numbers, and its place on disk if a file holds exactly this weight.
+
+        A weight on an accelerator is copied from there once, and a file is read once: the result serves to compare, to hash and
+        to decompose.
 
         Args:
             layer_name: name of the layer in the model.
-            weight: its (m, n) weight in memory, compared bit for bit.
-            finer_only: accept only files that are more exact than memory.
+            weight: its (m, n) weight in memory, compared with the files bit for bit.
         """
-        for key in self._candidate_keys(f"{layer_name}.weight", weight):
+        in_memory = weight.detach().cpu()
+        for key in self._candidate_keys(f"{layer_name}.weight", in_memory):
             for rounding, path in self._variants[key]:
                 state, file = self._files[path]
-                too_coarse = finer_only and rounding >= torch.finfo(weight.dtype).eps
-                if too_coarse or tuple(file.get_slice(key).get_shape()) != tuple(weight.shape):
+                if tuple(file.get_slice(key).get_shape()) != tuple(weight.shape):
                     continue
-                if torch.equal(file.get_tensor(key).to(weight.device).to(weight.dtype), weight.detach()):
-                    return StoredWeight(path, key, rounding, weight.dtype, weight.requires_grad, state)
-        return None
+                tensor = file.get_tensor(key)
+                if torch.equal(tensor.to(weight.dtype), in_memory):
+                    stored = StoredWeight(path, key, rounding, weight.dtype, weight.requires_grad, state)
+                    return FinestWeight(tensor if rounding < torch.finfo(weight.dtype).eps else in_memory, stored)
+        return FinestWeight(in_memory)
 
     def _candidate_keys(self, key: str, weight: Tensor) -> list[str]:
         if key in self._variants:
@@ -128,15 +141,7 @@ class Checkpoint:
         stored = self._files[self._variants[key][0][1]][1].get_slice(key)
         if tuple(stored.get_shape()) != tuple(weight.shape):
             return False
-        return torch.equal(stored[:1].to(weight.device).to(weight.dtype), weight.detach()[:1])
-
-
-def finest_weight(weight: Tensor, stored: StoredWeight | None) -> Tensor:
-    """The weight to decompose, on the device of `weight`: the stored one if it is more exact than the one in memory."""
-    if stored is None or stored.rounding >= torch.finfo(weight.dtype).eps:
-        return weight
-    tensor = stored.read(rounded=False)
-    return weight if tensor is None else tensor.to(weight.device)
+        return torch.equal(stored[:1].to(weight.dtype), weight[:1])
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -156,8 +156,8 @@ def turned(factors: Decomposition) -> Decomposition:
 
 @pytest.mark.parametrize("change", [flipped, turned])
 def test_other_singular_vectors(case, change, monkeypatch):
-    def changed(weight, choose_rank, cache):
-        factors = leading_factors(weight, choose_rank, cache)
+    def changed(weight, choose_rank, cache, device):
+        factors = leading_factors(weight, choose_rank, cache, device)
         rank = choose_rank(factors.s)  # the cache may hold more of them, and what is kept must not be mixed with the rest
         changed = change(Decomposition(factors.U[:, :rank], factors.s, factors.Vh[:rank]))
         return LeadingFactors(*changed, *choose_pivots(changed.U, changed.Vh))

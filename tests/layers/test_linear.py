@@ -14,6 +14,7 @@ from cersa_diffusion.functional import decompose, energy_rank
 from cersa_diffusion.layers.core import DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
 from cersa_diffusion.layers.kinds import build_layer
 from cersa_diffusion.weights.cache import leading_factors
+from cersa_diffusion.weights.stored import FinestWeight
 
 from ..conftest import DEVICE, frozen_parameters, raises, randn
 
@@ -183,7 +184,7 @@ def test_kept_residual_makes_the_untrained_layer_the_dense_one(dtype, limit):
     torch.manual_seed(0)
     linear = nn.Linear(30, 20).to(DEVICE, dtype).requires_grad_(False)
     factors = leading_factors(linear.weight, lambda s: 6, None)
-    layer = build_layer(linear, factors, 6, keep_residual=True, keep_base=False)
+    layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), keep_residual=True)
     assert relative_error(layer.effective_weight().float(), linear.weight.float()) < limit
     x = randn(9, 30, dtype=dtype)
     assert relative_error(layer(x).float(), linear(x).float()) < limit

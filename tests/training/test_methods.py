@@ -140,7 +140,7 @@ def test_truncation_is_priced_before_the_first_step(small_settings):
     weights = {name: module.weight.detach() for name, module in base.unet.named_modules() if type(module) is torch.nn.Linear}
     run = DreamBoothRun(config, base, Accelerator(), examples)
     errors = {f"unet.{name}": _error(run.base.unet.get_submodule(name).effective_weight(), w) for name, w in weights.items()}
-    cost = run.truncation
+    cost = run.preparation.truncation
     assert cost.worst_weight_error >= max(errors.values()) - 1e-4
     if cost.worst_layer in errors:
         assert abs(errors[cost.worst_layer] - cost.worst_weight_error) < 1e-4
@@ -148,8 +148,8 @@ def test_truncation_is_priced_before_the_first_step(small_settings):
     assert str(cost) in run.description and cost.base_loss != cost.truncated_loss
 
     whole = DreamBoothRun(DreamBoothConfig(**small_settings, alpha=1.0), load_base(path), Accelerator(), examples)
-    assert whole.truncation.worst_weight_error < 1e-6
-    assert whole.truncation.truncated_loss == pytest.approx(whole.truncation.base_loss, rel=1e-4)
+    assert whole.preparation.truncation.worst_weight_error < 1e-6
+    assert whole.preparation.truncation.truncated_loss == pytest.approx(whole.preparation.truncation.base_loss, rel=1e-4)
 
 
 def _error(approximation: torch.Tensor, weight: torch.Tensor) -> float:

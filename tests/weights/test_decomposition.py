@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import cersa_diffusion as cersa
 from cersa_diffusion import CersaConfig, CersaError
 from cersa_diffusion.weights.cache import DecompositionCache, leading_factors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers, shares
+from cersa_diffusion.weights.stored import FinestWeight
 
 from ..conftest import DEVICE, frozen_parameters, raises
 
@@ -48,7 +50,10 @@ def network(seed: int) -> nn.Sequential:
 
 
 def jobs_of(model: nn.Module) -> list[LayerJob]:
-    return [LayerJob.of(name, layer.weight, lambda s: min(5, len(s))) for name, layer in model.named_children()]
+    return [
+        LayerJob(name, tuple(layer.weight.shape), partial(FinestWeight, layer.weight), lambda s: min(5, len(s)))
+        for name, layer in model.named_children()
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -70,7 +75,8 @@ def test_work_is_only_a_little_ahead_of_the_results_taken(no_cache, threads):
     loaded = []
 
     def job(number: int) -> LayerJob:
-        return LayerJob(str(number), (8, 8), lambda: loaded.append(number) or torch.eye(8, device=DEVICE), lambda s: 2)
+        weight = FinestWeight(torch.eye(8, device=DEVICE))
+        return LayerJob(str(number), (8, 8), lambda: loaded.append(number) or weight, lambda s: 2)
 
     with decompose_layers([job(number) for number in range(40)], show_progress=False) as results:
         for taken in range(1, 11):

@@ -10,37 +10,31 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.layers.model import trainable_parameters
 from cersa_diffusion.methods.table import make_method
-from cersa_diffusion.pipelines.tokens import pipeline_tokens
-from cersa_diffusion.private_names import enable_gradient_checkpointing
-from cersa_diffusion.processes import any_process, share_bases
+from cersa_diffusion.processes import any_process
 from cersa_diffusion.text import duration
 from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped
 from cersa_diffusion.training.checkpoints.folder import TrainingState, load_checkpoint, skip_model_weights
 from cersa_diffusion.training.checkpoints.keeper import CheckpointKeeper
-from cersa_diffusion.training.data.captions import Example, caption_summary
+from cersa_diffusion.training.data.captions import Example
 from cersa_diffusion.training.data.dataset import DreamBoothDataset, collate
-from cersa_diffusion.training.data.latent_cache import LatentCache, cache_latents, cache_text_embeddings
 from cersa_diffusion.training.run import previews
 from cersa_diffusion.training.run.interrupt import StopRequest
-from cersa_diffusion.training.run.loss import DreamBoothLoss
-from cersa_diffusion.training.run.memory import memory_table, planned_memory, tensor_bytes
-from cersa_diffusion.training.run.optimizers import make_optimizer, optimizer_name
+from cersa_diffusion.training.run.memory import tensor_bytes
+from cersa_diffusion.training.run.optimizers import make_optimizer
 from cersa_diffusion.training.run.peaks import DRAWING, PREPARING, TRAINING, PeakMemory
+from cersa_diffusion.training.run.preparation import Preparation
 from cersa_diffusion.training.run.rates import keep_rates
 from cersa_diffusion.training.run.result import TrainResult, size_on_disk
-from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 # Settings that the header of the result records.
@@ -53,7 +47,7 @@ class DreamBoothRun:
 
     Args:
         config: the settings.
-        base: the base pipeline; its models are changed in place.
+        base: the base pipeline in CPU memory; its models are changed in place.
         accelerator: device, precision and processes.
         instance: the pictures of the subject.
         classes: the class pictures; empty without prior preservation.
@@ -68,7 +62,7 @@ class DreamBoothRun:
         classes: Sequence[Example] = (),
     ):
         self.peaks = PeakMemory(accelerator.device)
-        self.config, self.base, self.accelerator = config, base.to(accelerator.device), accelerator
+        self.config, self.base, self.accelerator = config, base, accelerator
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
         self.samples_per_step = config.samples_per_step(accelerator.num_processes)
@@ -78,7 +72,8 @@ class DreamBoothRun:
         self.components = config.family.components(base, text_encoders=config.train_text_encoder)
         for model in (base.vae, *config.family.components(base).values()):
             model.requires_grad_(False)
-        self._prepare_models()
+        self.preparation = Preparation(config, base, accelerator, self.method, self.components, instance, self.classes)
+        self.loss, self.description = self.preparation.loss, self.preparation.description
         groups = [
             {"params": trainable_parameters(model), "lr": config.rate(name, accelerator.num_processes)}
             for name, model in self.components.items()
@@ -87,72 +82,9 @@ class DreamBoothRun:
         self.average = EMAModel(self.trained(), decay=config.ema_decay) if config.use_ema else None
         self.seconds, self.losses, self.pictures_per_second = 0.0, [], 0.0
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype that the models compute in."""
-        return PRECISIONS[self.accelerator.mixed_precision]
-
     def trained(self) -> list[nn.Parameter]:
         """All parameters that are trained."""
         return [parameter for model in self.components.values() for parameter in trainable_parameters(model)]
-
-    def _prepare_models(self) -> None:
-        """Plans the memory, changes the models for the method, and measures the cost of truncation."""
-        config, is_main = self.config, self.accelerator.is_main_process
-        start = time.perf_counter()
-        self.planned = self._planned_memory() if is_main else {}
-        self._fill_caches()
-        measures_truncation = config.method == "cersa" and is_main
-        base_loss = self._probe() if measures_truncation else None
-        # Seeded directly before the method draws its initial weights, so that these depend on the seed alone.
-        set_seed(config.seed)
-        self.method.plan(self.components, self.compute_dtype, optimizer=optimizer_name(config))
-        lines = [f"{name}: {self.method.prepare(name, model)}" for name, model in self.components.items()]
-        self._set_precision()
-        share_bases(self.components)
-        self.truncation = None
-        if measures_truncation:
-            self.truncation = TruncationCost.of(self.method.reports, base_loss, self._probe())
-            lines.append(str(self.truncation))
-        self.description = [caption_summary(self.instance, config), *lines]
-        self.prepare_seconds = time.perf_counter() - start
-        if is_main:
-            self.description.append(memory_table(self.planned, config, self.compute_dtype))
-
-    def _fill_caches(self) -> None:
-        """Encodes pictures and prompts if the settings ask for it, and moves the models that are then idle to the CPU."""
-        config, base, show = self.config, self.base, self.accelerator.is_main_process
-        self.latents: LatentCache | None = None
-        embeddings = None
-        if config.cache_latents:
-            self.latents = cache_latents(self.instance, self.classes, config, base.vae, show_progress=show)
-            base.vae.to("cpu")
-        if config.pre_compute_text_embeddings:
-            prompts = [example.prompt for example in (*self.instance, *self.classes)]
-            embeddings = cache_text_embeddings(prompts, config, base, show_progress=show)
-            for name in config.family.text_encoders:
-                getattr(base, name).to("cpu")
-        self.loss = DreamBoothLoss(config, base, self.accelerator.device, embeddings)
-
-    def _planned_memory(self) -> dict:
-        pictures = self.config.train_batch_size * self.pictures_per_sample
-        tokens = pipeline_tokens(self.base, pictures, self.config.resolution)
-        return planned_memory(self.config, self.method, self.components, dtype=self.compute_dtype, tokens=tokens)
-
-    def _probe(self) -> float:
-        return probe_loss(self.loss, self.instance, self.components, self.accelerator.autocast(), self.latents)
-
-    def _set_precision(self) -> None:
-        dtype, config = self.compute_dtype, self.config
-        if dtype != torch.float32:
-            for name, model in config.family.components(self.base).items():
-                if name in self.components:
-                    self.method.cast_frozen(model, dtype)
-                else:
-                    model.to(dtype=dtype)
-        if config.gradient_checkpointing:
-            for model in self.components.values():
-                enable_gradient_checkpointing(model)
 
     def fit(
         self,
@@ -283,7 +215,7 @@ class DreamBoothRun:
         config, size = self.config, self.samples_per_step
         first, last = first_step * size, last_step * size
         dataset = DreamBoothDataset(
-            self.instance, self.classes, config, first=first, last=last, samples_per_step=size, latents=self.latents
+            self.instance, self.classes, config, first=first, last=last, samples_per_step=size, latents=self.preparation.latents
         )
         options = {"num_workers": config.dataloader_num_workers, "pin_memory": self.accelerator.device.type == "cuda"}
         return DataLoader(dataset, batch_size=config.train_batch_size, collate_fn=collate, **options)
@@ -297,7 +229,7 @@ class DreamBoothRun:
             f"{self.total_steps} steps of {pictures} pictures ({epochs:.0f} epochs){resumed}: about {duration(seconds)}"
         )
         for callback in self.callbacks:
-            callback.on_start(RunStart(tuple(self.description), self.planned, step, self.total_steps, seconds))
+            callback.on_start(RunStart(tuple(self.description), self.preparation.planned, step, self.total_steps, seconds))
 
     def _seconds_per_batch(self) -> float:
         """Times one batch forward and backward; changes no state."""
@@ -383,7 +315,7 @@ class DreamBoothRun:
             weights_path=str(weights_path),
             steps=self.total_steps,
             seconds=self.seconds,
-            decompose_seconds=self.prepare_seconds,
+            decompose_seconds=self.preparation.seconds,
             loss=sum(last_losses) / len(last_losses) if last_losses else None,
             trainable_parameters=sum(parameter.numel() for parameter in trained),
             weight_bytes=tensor_bytes(weights.values()),
@@ -394,5 +326,5 @@ class DreamBoothRun:
             drawing_peak_bytes=self.peaks.of(DRAWING),
             pictures_per_second=self.pictures_per_second,
             file_bytes=size_on_disk(weights_path, list(self.components)),
-            truncation=self.truncation,
+            truncation=self.preparation.truncation,
         )
