@@ -6,6 +6,7 @@ the dtype in memory, it equals the weight in memory bit for bit. A model that wa
 same name, is never confused with its checkpoint. Only safetensors files are read, never a pickle.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +85,8 @@ class Checkpoint:
         """The checkpoint named in a diffusers or transformers model; an empty one if the model names none."""
         config = getattr(model, "config", None)
         name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+        # diffusers keeps the path that a user passed, in whatever form.
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
         if not isinstance(name, str) or not name:
             return cls(None)
         folder = Path(name).resolve() if Path(name).is_dir() else _hub_snapshot(name)
