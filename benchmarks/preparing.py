@@ -28,10 +28,11 @@ from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.text import mib, table
 from cersa_diffusion.training.data.captions import read_examples
 from cersa_diffusion.training.run.loop import DreamBoothRun
-from cersa_diffusion.training.run.peaks import PREPARING, TRAINING
+from cersa_diffusion.training.run.peaks import PREPARING, TRAINING, PeakMemory
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 EMBEDDED_BASE = Path(__file__).parents[1] / "assets" / "emoji-base"
+SHOWN = ("preparing", "planned preparing", "training", "planned training")
 # Sizes for a check of this script.
 SMALL = {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": (2, 4, 8, 8), "layers_per_block": 1}
 
@@ -69,7 +70,7 @@ def write_base(folder: Path, share: float, small: bool) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def measure(base: str, method: str, precision: str, resolution: int, steps: int) -> dict:
+def measure(base: str, method: str, precision: str, resolution: int, steps: int, checkpointing: bool) -> dict:
     """The peaks of one run in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder, "pictures")
@@ -86,12 +87,22 @@ def measure(base: str, method: str, precision: str, resolution: int, steps: int)
             resolution=resolution,
             center_crop=True,
             mixed_precision=precision,
+            train_batch_size=1,
+            gradient_checkpointing=checkpointing,
             max_train_steps=steps,
         )
         accelerator = Accelerator(mixed_precision=precision)
-        run = DreamBoothRun(config, load_base(base, family=config.family), accelerator, read_examples(config))
+        peaks = PeakMemory(accelerator.device)
+        base = load_base(base, family=config.family)
+        run = DreamBoothRun(config, base, accelerator, read_examples(config), peaks=peaks)
         run.fit(Path(folder, "run"))
-    return {"preparing": run.peaks.of(PREPARING), "training": run.peaks.of(TRAINING), "seconds": run.preparation.seconds}
+    return {
+        "preparing": peaks.of(PREPARING),
+        "planned preparing": peaks.at_start + run.preparation.planned_preparing,
+        "training": peaks.of(TRAINING),
+        "planned training": peaks.at_start + run.preparation.planned_training,
+        "seconds": run.preparation.seconds,
+    }
 
 
 def main() -> None:
@@ -101,6 +112,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.35, help="share of the rank that CERSA keeps (k/n)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--small", action="store_true", help="a small model, to check this script")
     parser.add_argument("--folder", help="keeps the pipeline here for the next call; default: a temporary folder")
     parser.add_argument("--output", help="writes the figures to this JSON file")
@@ -117,14 +129,16 @@ def main() -> None:
         rows, results = [], []
         for method in arguments.methods:
             for precision in arguments.precisions:
-                case = json.dumps([str(folder), method, precision, arguments.resolution, arguments.steps])
+                case = json.dumps(
+                    [str(folder), method, precision, arguments.resolution, arguments.steps, arguments.checkpointing]
+                )
                 command = [sys.executable, __file__, "--case", case]
                 process = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
                 figures = json.loads(process.stdout.splitlines()[-1])
                 results.append({"method": method, "precision": precision, **figures})
                 ratio = figures["preparing"] / figures["training"]
-                rows.append([method, precision, mib(figures["preparing"]), mib(figures["training"]), f"{ratio:.2f}"])
-                print(table(["method", "precision", "preparing, MiB", "training, MiB", "ratio"], rows), flush=True)
+                rows.append([method, precision, *(mib(figures[name]) for name in SHOWN), f"{ratio:.2f}"])
+                print(table(["method", "precision", *SHOWN, "preparing / training"], rows), flush=True)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
 

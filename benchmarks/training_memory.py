@@ -61,7 +61,7 @@ def embedded_base(row: str, device: str, precision: str) -> dict:
         run = DreamBoothRun(config, base, accelerator, read_examples(config))
         forget_peak(device)
         run.fit(Path(output))
-        planned = next(iter(run.planned.values())).total
+        planned = next(iter(run.preparation.planned.values())).total
         return {"peak": used(device, peak=True) - before, "planned": planned}
 
 

@@ -8,9 +8,11 @@ import torch
 
 from cersa_diffusion.config import CersaConfig
 from cersa_diffusion.memory.cost import OPTIMIZERS
-from cersa_diffusion.memory.plan import plan_memory
+from cersa_diffusion.memory.plan import MemoryPlan, plan_memory
 from cersa_diffusion.memory.plot import plot_plan
+from cersa_diffusion.pipelines.peaks import planned_peaks
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
+from cersa_diffusion.text import mib, table
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -22,9 +24,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     family = family_of(type(pipeline).__name__)
     options = {"alpha": arguments.alpha, "beta": arguments.beta, "memory_budget": arguments.memory_budget}
     configs = {component: CersaConfig(target_modules=targets, **options) for component, targets in family.trained.items()}
-    tokens = None
+    tokens, batch = None, 1 if arguments.batch is None else arguments.batch
     if arguments.batch is not None or arguments.resolution is not None:
-        tokens = pipeline_tokens(pipeline, 1 if arguments.batch is None else arguments.batch, arguments.resolution)
+        tokens = pipeline_tokens(pipeline, batch, arguments.resolution)
     plan = plan_memory(
         family.components(pipeline),
         configs,
@@ -33,10 +35,27 @@ def _plan(arguments: argparse.Namespace) -> None:
         weight_dtype=getattr(torch, arguments.dtype),
         tokens=tokens,
     )
-    formats = {"table": str, "markdown": lambda plan: plan.to_markdown(), "json": lambda plan: json.dumps(plan.to_dict())}
-    print(formats[arguments.format](plan))
+    peaks = planned_peaks(pipeline, plan, batch, arguments.resolution)
+    if arguments.format == "json":
+        print(json.dumps(plan.to_dict() | {"peaks": peaks}))
+    else:
+        markdown = arguments.format == "markdown"
+        print(plan.to_markdown() if markdown else plan, _peaks_table(peaks, plan, markdown), sep="\n\n")
     if arguments.plot:
         plot_plan(plan, arguments.plot)
+
+
+def _peaks_table(peaks: dict, plan: MemoryPlan, markdown: bool) -> str:
+    rows = [
+        ["preparing CERSA", mib(peaks["preparing"])],
+        ["system memory, beside Python and its libraries", mib(peaks["system"])],
+    ]
+    titles = {"cersa": "CERSA", "lora": f"LoRA r={plan.lora_rank}", "full": "full fine-tuning"}
+    # A step without its activations says nothing.
+    steps = peaks["steps"].items() if plan.activations_counted else ()
+    rows += [[f"steps, {titles[method]}", mib(size)] for method, size in steps]
+    caption = "Peaks of a training on an accelerator, with latents cached and without what its libraries take:"
+    return f"{caption}\n\n{table(['', 'MiB'], rows, markdown=markdown)}"
 
 
 def add_plan(commands) -> None:

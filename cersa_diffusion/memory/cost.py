@@ -14,7 +14,7 @@ import torch
 
 from cersa_diffusion.config import CersaConfig, LayerRanks
 
-FLOAT32, INT64 = 4, 8
+FLOAT32, FLOAT64, INT64 = 4, 8, 8
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,15 @@ def _memory(
         saved += elements * layer.dtype.itemsize  # autocast keeps its cast of the trained weights for the backward pass
     states = sum(OPTIMIZERS[optimizer](*shape) for shape in trained)
     return MemoryUse(frozen, elements * FLOAT32, elements * FLOAT32, states, saved)
+
+
+def solver_bytes(out_features: int, in_features: int) -> int:
+    """Bytes that one decomposition takes while it runs (`functional.decompose`, by the Gram matrix), all in float64.
+
+    The weight, a product with the eigenvectors, and that product scaled; the Gram matrix, its eigenvectors, and their copy in
+    descending order.
+    """
+    return FLOAT64 * (3 * out_features * in_features + 3 * min(out_features, in_features) ** 2)
 
 
 @dataclass(frozen=True)

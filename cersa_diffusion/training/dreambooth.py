@@ -27,6 +27,7 @@ from cersa_diffusion.training.run.lock import run_lock
 from cersa_diffusion.training.run.loop import DreamBoothRun
 from cersa_diffusion.training.run.memory import tensor_bytes
 from cersa_diffusion.training.run.optimizers import check_optimizer
+from cersa_diffusion.training.run.peaks import PeakMemory
 from cersa_diffusion.training.run.result import RESULT_FILE, TrainResult
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 from cersa_diffusion.training.settings.file import SETTINGS_FILE, read_settings, write_settings
@@ -103,10 +104,12 @@ def _train(
     output_dir = Path(config.output_dir)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    # Loading is a part of preparing.
+    peaks = PeakMemory(accelerator.device)
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
     classes = _class_pictures(config, base, accelerator)
 
-    run = DreamBoothRun(config, base, accelerator, instance, classes)
+    run = DreamBoothRun(config, base, accelerator, instance, classes, peaks)
     if accelerator.is_main_process:
         check_disk_space(run, output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)

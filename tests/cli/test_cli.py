@@ -51,6 +51,12 @@ def test_plan_of_a_pipeline_as_json_and_picture(base_path, tmp_path, capsys):
     assert all(0 < layer["core_rank"] <= layer["kept_rank"] for layer in plan["layers"])
     assert all(layer["memory"]["lora"]["activations"] > 0 for layer in plan["layers"])
     assert (plan["lora_rank"], plan["weight_dtype"], plan["activations_counted"]) == (8, "bfloat16", True)
+    weights = sum(path.stat().st_size for path in base_path.rglob("*.safetensors"))
+    # The files hold 16 bits per number, the pipeline is opened in 32.
+    assert plan["peaks"]["system"] == pytest.approx(2 * weights, rel=0.05)
+    totals = plan["totals"]["whole_model"]
+    assert all(totals[method]["total"] < peak for method, peak in plan["peaks"]["steps"].items())
+    assert totals["cersa"]["frozen"] < plan["peaks"]["preparing"]
 
 
 def test_plan_as_tables(base_path, capsys):
@@ -58,9 +64,10 @@ def test_plan_as_tables(base_path, capsys):
     shown = capsys.readouterr().out
     assert "unet to_out.0" in shown and "LoRA r=32" in shown and "optimizer adafactor" in shown
     assert "activations are not counted" in shown
+    assert "preparing CERSA" in shown and "system memory" in shown and "steps, " not in shown
     main(["plan", str(base_path), "--format", "markdown", "--resolution", "32"])
     shown = capsys.readouterr().out
-    assert "| text_encoder q_proj" in shown and "| saved activations" in shown
+    assert "| text_encoder q_proj" in shown and "| saved activations" in shown and "| steps, LoRA r=32 " in shown
 
 
 def test_plan_with_a_budget(base_path, tmp_path, capsys):

@@ -51,6 +51,7 @@ class DreamBoothRun:
         accelerator: device, precision and processes.
         instance: the pictures of the subject.
         classes: the class pictures; empty without prior preservation.
+        peaks: has measured since before the base was loaded; default: measures from now on.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class DreamBoothRun:
         accelerator: Accelerator,
         instance: list[Example],
         classes: Sequence[Example] = (),
+        peaks: PeakMemory | None = None,
     ):
-        self.peaks = PeakMemory(accelerator.device)
+        self.peaks = peaks or PeakMemory(accelerator.device)
         self.config, self.base, self.accelerator = config, base, accelerator
         self.instance, self.classes = instance, list(classes)
         self.total_steps = config.total_steps(len(instance), accelerator.num_processes)
@@ -327,4 +329,6 @@ class DreamBoothRun:
             pictures_per_second=self.pictures_per_second,
             file_bytes=size_on_disk(weights_path, list(self.components)),
             truncation=self.preparation.truncation,
+            planned_peak_bytes=self.peaks.at_start + self.preparation.planned_training,
+            planned_preparing_bytes=self.peaks.at_start + self.preparation.planned_preparing,
         )

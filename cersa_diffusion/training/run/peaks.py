@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 PREPARING, TRAINING, DRAWING = "preparing", "training", "drawing"
@@ -18,10 +19,14 @@ class PeakMemory:
 
     Args:
         device: that the run computes on. The first phase is `PREPARING`.
+
+    Attributes:
+        at_start: bytes that were in use when the first phase began: on a CPU, what Python and its libraries hold.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.phase = device, PREPARING
+        self.at_start = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
         self._peaks: dict[str, int] = {}
         _forget_peak(device)
 
@@ -54,10 +59,8 @@ def _peak(device: torch.device) -> int:
         # getrusage would also count the memory that the parent process held when it started this one.
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if sys.platform == "win32":
-        # Imported here, like `resource` below: each is needed on one kind of system only.
-        import psutil
-
         return psutil.Process().memory_info().peak_wset
+    # Imported here: Windows has no such module.
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -22,7 +22,7 @@ from cersa_diffusion.processes import share_bases
 from cersa_diffusion.training.data.captions import Example, caption_summary
 from cersa_diffusion.training.data.latent_cache import LatentCache, cache_latents, cache_text_embeddings
 from cersa_diffusion.training.run.loss import DreamBoothLoss
-from cersa_diffusion.training.run.memory import memory_table, planned_memory
+from cersa_diffusion.training.run.memory import memory_table, planned_memory, planned_preparing, planned_training
 from cersa_diffusion.training.run.optimizers import optimizer_name
 from cersa_diffusion.training.run.truncation import TruncationCost, probe_loss
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -42,6 +42,7 @@ class Preparation:
 
     Attributes:
         planned: the memory plan by method, on the main process.
+        planned_preparing, planned_training: the planned peaks in bytes beside what the process held before; on the main process.
         latents: the cached latents, if the settings ask for them.
         loss: the loss of the run.
         truncation: what truncation costs before any training, if the method truncates; on the main process.
@@ -65,10 +66,13 @@ class Preparation:
         self.device, self.dtype = accelerator.device, PRECISIONS[accelerator.mixed_precision]
         is_main = accelerator.is_main_process
         self.planned = self._planned_memory() if is_main else {}
+        uses = next(iter(self.planned.values()), None)
+        self.planned_preparing = planned_preparing(config, base, method, components, uses, self.device, self.dtype) if uses else 0
         self.latents: LatentCache | None = self._cached_latents() if config.cache_latents else None
         self.loss = DreamBoothLoss(config, base, self.device, self._encoded_prompts())
         lines = self._change_models()
         self.description = [caption_summary(instance, config), *lines]
+        self.planned_training = planned_training(config, base, components, self.device, self.dtype) if is_main else 0
         if is_main:
             self.description.append(memory_table(self.planned, config, self.dtype))
         self.seconds = time.perf_counter() - start

@@ -12,6 +12,8 @@ from cersa_diffusion.training.run.truncation import TruncationCost
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 RESULT_FILE = "result.json"
+# A plan that is further from the measured peak than this share of it has a fault that is worth finding.
+PLAN_TOLERANCE = 0.1
 
 
 def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
@@ -24,6 +26,16 @@ def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
     if weights_path.is_file():
         return weights_path.stat().st_size
     return sum(file.stat().st_size for name in components for file in (weights_path / name).glob("*.safetensors"))
+
+
+def _beside_plan(measured: int, planned: int | None) -> str:
+    """A measured peak and, if it was planned, by how much the plan was off."""
+    text = f"{measured / 2**20:.0f} MiB"
+    if planned is None:
+        return text
+    difference = planned / measured - 1
+    finding = ": please report it" if abs(difference) > PLAN_TOLERANCE else ""
+    return f"{text} (planned {planned / 2**20:.0f}, {difference:+.0%}{finding})"
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class TrainResult:
         truncation: the cost of truncation before the first step; None if no components are dropped.
         preparing_peak_bytes, drawing_peak_bytes: as `peak_memory_bytes`, for preparing the models and for the previews; None if
             there were none.
+        planned_peak_bytes, planned_preparing_bytes: what the plan expected for `peak_memory_bytes` and `preparing_peak_bytes`.
     """
 
     method: str
@@ -65,6 +78,8 @@ class TrainResult:
     truncation: TruncationCost | None
     preparing_peak_bytes: int | None = None
     drawing_peak_bytes: int | None = None
+    planned_peak_bytes: int | None = None
+    planned_preparing_bytes: int | None = None
 
     def write(self) -> None:
         """Writes the result file beside the weights; this file marks the run as finished."""
@@ -109,8 +124,12 @@ class TrainResult:
         """The text that is printed at the end of a run with these settings."""
         tensors = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         snippet = self.snippet(config).replace("\n", "\n    ")
-        peaks = {"preparing": self.preparing_peak_bytes, "steps": self.peak_memory_bytes, "previews": self.drawing_peak_bytes}
-        shown = ", ".join(f"{phase} {size / 2**20:.0f} MiB" for phase, size in peaks.items() if size)
+        peaks = {
+            "preparing": (self.preparing_peak_bytes, self.planned_preparing_bytes),
+            "steps": (self.peak_memory_bytes, self.planned_peak_bytes),
+            "previews": (self.drawing_peak_bytes, None),
+        }
+        shown = ", ".join(f"{phase} {_beside_plan(*sizes)}" for phase, sizes in peaks.items() if sizes[0])
         loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean over the last tenth of the steps)"
         return f"""
 {self.method}: {self.steps} steps in {self.seconds:.0f} s{loss}
