@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 
 from cersa_diffusion.errors import ConfigError
@@ -61,6 +61,8 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
+        # The next batch goes to a GPU while it still computes; the batches lie in pinned memory.
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         # Unused parameters: nothing reads the last layer of SDXL's first text encoder; processes would wait for its gradients.
         # Buffers: none changes in training, and `share_bases` has sent those of the CERSA layers. Timeout: one process draws the
         # class pictures while the others wait longer than usual.

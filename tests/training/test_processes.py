@@ -1,4 +1,4 @@
-"""Two processes whose singular vectors differ: they train in the same coordinates, or both refuse."""
+"""Two processes train in the same coordinates even where their singular vectors differ, refuse together and stop together."""
 
 import multiprocessing
 import os
@@ -27,6 +27,11 @@ class Losses(TrainingCallback):
         self.values.append(progress.loss)
 
 
+class StopAfterTwo(Losses):
+    def should_stop(self):
+        return len(self.values) >= 2
+
+
 def _flip_signs() -> None:
     decompose = cache.decompose
 
@@ -38,7 +43,7 @@ def _flip_signs() -> None:
     cache.decompose = flipped
 
 
-def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcomes) -> None:
+def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, callback: type[Losses], outcomes) -> None:
     # Without a cache no process takes its singular vectors from another one.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
@@ -46,7 +51,7 @@ def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcome
     torch.set_num_threads(1)
     if flip and rank == 1:
         _flip_signs()
-    losses = Losses()
+    losses = callback()
     try:
         train_dreambooth(config, [losses])
         outcomes.put((rank, losses.values))
@@ -54,7 +59,9 @@ def _process(rank: int, port: int, config: DreamBoothConfig, flip: bool, outcome
         outcomes.put((rank, f"{type(error).__name__}: {error}"))
 
 
-def train_by_two(configs: list[DreamBoothConfig], flip: bool) -> dict[int, list[float] | str]:
+def train_by_two(
+    configs: list[DreamBoothConfig], flip: bool = False, callback: type[Losses] = Losses
+) -> dict[int, list[float] | str]:
     """Rank -> losses (of the first process) or error."""
     # A fork server imports everything once for all the processes of these tests; CUDA cannot be used after a fork.
     context = multiprocessing.get_context("forkserver" if DEVICE.type == "cpu" else "spawn")
@@ -64,7 +71,8 @@ def train_by_two(configs: list[DreamBoothConfig], flip: bool) -> dict[int, list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     outcomes = context.Queue()
-    processes = [context.Process(target=_process, args=(rank, port, configs[rank], flip, outcomes)) for rank in (0, 1)]
+    arguments = [(rank, port, configs[rank], flip, callback, outcomes) for rank in (0, 1)]
+    processes = [context.Process(target=_process, args=each) for each in arguments]
     for process in processes:
         process.start()
     ended = dict(outcomes.get(timeout=300) for _ in processes)
@@ -89,6 +97,15 @@ def test_flipped_signs_in_one_process_change_nothing(config, tmp_path, method):
 
 
 def test_processes_that_keep_other_components_all_say_so(config):
-    outcomes = train_by_two([config, replace(config, alpha=0.5)], False)
+    outcomes = train_by_two([config, replace(config, alpha=0.5)])
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].startswith("CersaError") and "[1]" in outcomes[0]
+
+
+def test_a_stop_that_one_process_asks_for_ends_both_after_the_same_step(config):
+    """The request comes after the losses of step 2 are exchanged, so it travels with those of step 3."""
+    config = replace(config, max_train_steps=8)
+    outcomes = train_by_two([config, config], callback=StopAfterTwo)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].startswith("TrainingStopped") and "checkpoint-3" in outcomes[0]
+    assert [folder.name for folder in Path(config.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
