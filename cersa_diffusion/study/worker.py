@@ -93,13 +93,13 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
 
 
 def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
-    """The truncated base, or the untouched base, which first draws the class pictures that all trainings share."""
-    pipeline, row = load_base(study.place(study.base)), study.row(cell.row)
-    config = study.config(row, subject, class_data_dir=_class_pictures(cell, output))
-    if cell == base_cell(cell.subject):
-        pipeline.to(scoring_device(None))
-        if config.with_prior_preservation:
-            sample_class_pictures(pipeline, config)
+    """The truncated base, or the untouched base; before it the class pictures that all trainings share are drawn."""
+    config = study.config(study.row(cell.row), subject, class_data_dir=_class_pictures(cell, output))
+    is_base = cell == base_cell(cell.subject)
+    if is_base and config.with_prior_preservation:
+        sample_class_pictures(config, scoring_device(None))
+    pipeline = load_base(study.place(study.base))
+    if is_base:
         return pipeline
     components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
     method = CersaMethod(config, config.targets)

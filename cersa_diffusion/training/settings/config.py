@@ -133,7 +133,9 @@ class DreamBoothConfig(MethodSettings):
     )
     max_grad_norm: float = option(1.0, "Largest norm of the gradients; larger ones are clipped.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: the precision given to `accelerate launch`.")
-    prior_generation_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision for drawing class pictures.")
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None, "Precision for drawing class pictures. Default: 16 bits on a GPU (bf16 where it computes in it), otherwise fp32."
+    )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs: faster, less exact.")
     checkpointing_steps: int = option(500, "Steps between two checkpoints.")
     checkpoints_total_limit: int | None = option(None, "Keep only this number of checkpoints, the newest.")
