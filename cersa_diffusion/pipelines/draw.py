@@ -7,33 +7,29 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.families.table import family_of
 
 CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
-# What a command line offers for the precision of drawing, beside the default; keys of `PRECISIONS`.
-DRAWING_PRECISIONS = ("fp32", "fp16", "bf16")
+# What --dtype offers for drawing; None: what suits the device.
+DRAWING_DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_HELP = "dtype of pipelines that draw, without their autoencoder; auto: 16 bits on a GPU, float32 on a CPU"
 
 
-def drawing_dtypes(precision: str | None, device: torch.device) -> dict[str, torch.dtype]:
+def drawing_dtypes(dtype: torch.dtype | None, device: torch.device) -> dict[str, torch.dtype]:
     """The dtypes of a pipeline that only draws, as `load_base` takes them.
 
     The autoencoder always has float32, in which no autoencoder overflows; `generate` decodes with it.
 
     Args:
-        precision: one of `DRAWING_PRECISIONS`; None: float32, but on a GPU 16 bits, bfloat16 where the GPU computes in it.
+        dtype: of all other models; None: float32, but on a GPU 16 bits, bfloat16 where the GPU computes in it, else float16.
         device: where the pipeline draws.
 
     Returns:
         Component -> dtype, and "default" for all other components.
     """
-    if precision is not None:
-        dtype = PRECISIONS[precision]
-    elif device.type == "cuda":
+    if dtype is None and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    else:
-        dtype = torch.float32
-    return {"default": dtype, "vae": torch.float32}
+    return {"default": dtype or torch.float32, "vae": torch.float32}
 
 
 def generate(

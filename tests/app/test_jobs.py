@@ -45,7 +45,7 @@ def config(models_dir, subject_path, tmp_path):
 
 @pytest.fixture
 def queue(tmp_path) -> JobQueue:
-    return JobQueue(Messages({tmp_path: "work"}), most_waiting=3)
+    return JobQueue(Messages({tmp_path: "work"}), most_waiting=3, make_room=lambda: None)
 
 
 def test_one_after_the_other_with_places(queue, config):
@@ -117,7 +117,7 @@ def test_what_a_killed_server_left_can_be_resumed(queue, config, models_dir, tmp
     wait_for(lambda jobs: jobs["left"][0].state == "stopped", queue)
     step = queue.job("left").step
     library = Library([models_dir], [tmp_path / "runs"])
-    another = JobQueue(Messages({}), most_waiting=3)
+    another = JobQueue(Messages({}), most_waiting=3, make_room=lambda: None)
     another.restore(library.unfinished())
     [(job, _)] = another.jobs()
     assert job.resumable and job.step == step and job.config.max_train_steps == 200
@@ -131,7 +131,7 @@ def test_what_a_killed_server_left_can_be_resumed(queue, config, models_dir, tmp
 def test_a_run_that_another_process_trains_is_listed_and_left_alone(queue, config, models_dir, tmp_path):
     queue.submit("shared", config("shared", max_train_steps=400, checkpointing_steps=2))
     wait_for(lambda jobs: jobs["shared"][0].step > 3, queue)
-    other = JobQueue(Messages({}), most_waiting=3)
+    other = JobQueue(Messages({}), most_waiting=3, make_room=lambda: None)
     other.restore(Library([models_dir], [tmp_path / "runs"]).unfinished())
     [(job, _)] = other.jobs()
     assert (job.state, job.resumable) == ("elsewhere", False) and "process" in job.message
@@ -203,3 +203,12 @@ def test_counting_for_the_plan_touches_no_layer_that_others_draw_with(app):
 def test_names_of_runs_are_the_page_s_own():
     assert new_name("cersa", []).startswith("cersa-")
     assert len({new_name("cersa", ["cersa-1"]) for _ in range(50)}) == 50
+
+
+def test_a_training_finds_the_memory_of_idle_pipelines_free(app, config, models_dir):
+    with app.store.lease(app.library.base("small")):
+        pass
+    assert app.store.held() == 1
+    app.jobs.submit("cat", config("cat", max_train_steps=1))
+    wait_for(lambda jobs: jobs["cat"][0].state == "finished", app.jobs)
+    assert app.store.held() == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cersa_diffusion.pipelines.draw import DRAWING_PRECISIONS, drawing_dtypes, generate
+from cersa_diffusion.pipelines.draw import drawing_dtypes, generate
 from cersa_diffusion.pipelines.open import load_base
 
 from ..conftest import DEVICE
@@ -30,10 +30,9 @@ def test_unasked_a_gpu_draws_in_16_bits_and_a_cpu_in_float32():
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
-@pytest.mark.parametrize("precision", DRAWING_PRECISIONS)
-def test_a_precision_that_is_asked_for_is_used_everywhere(precision, device):
-    wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    assert drawing_dtypes(precision, device) == {"default": wanted, "vae": torch.float32}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dtype_that_is_asked_for_is_used_everywhere(dtype, device):
+    assert drawing_dtypes(dtype, device) == {"default": dtype, "vae": torch.float32}
 
 
 def test_in_float32_they_are_the_pictures_of_the_pipeline(base):
@@ -44,7 +43,7 @@ def test_in_float32_they_are_the_pictures_of_the_pipeline(base):
 
 
 def test_in_16_bits_only_the_autoencoder_computes_in_float32(base):
-    pipe = load_base(base, dtype=drawing_dtypes("bf16", DEVICE)).to(DEVICE)
+    pipe = load_base(base, dtype=drawing_dtypes(torch.bfloat16, DEVICE)).to(DEVICE)
     dtypes = {name: model.dtype for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
     assert dtypes.pop("vae") == torch.float32 and set(dtypes.values()) == {torch.bfloat16}
     exact, rounded = load_base(base).to(DEVICE), load_base(base, dtype=torch.bfloat16).to(DEVICE)

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from cersa_diffusion.config import PRECISIONS
 from cersa_diffusion.errors import NonFiniteError
 from cersa_diffusion.pictures import picture_paths
 from cersa_diffusion.pipelines.draw import drawing_dtypes
@@ -34,7 +35,8 @@ def sample_class_pictures(config: DreamBoothConfig, device: torch.device) -> Non
     batches = [missing[start : start + config.sample_batch_size] for start in range(0, len(missing), config.sample_batch_size)]
     own_batches = own_share(batches)
     if own_batches:
-        dtypes = drawing_dtypes(config.prior_generation_precision, device)
+        precision = config.prior_generation_precision
+        dtypes = drawing_dtypes(None if precision is None else PRECISIONS[precision], device)
         base, origin = config.pretrained_model_name_or_path, {"revision": config.revision, "variant": config.variant}
         _draw(load_base(base, family=config.family, dtype=dtypes, **origin).to(device), config, own_batches)
     wait_for_all()
