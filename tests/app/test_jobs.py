@@ -11,10 +11,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
 from cersa_diffusion.training.run.lock import training_process
+from gradio_app.inspection import plan_of
 from gradio_app.jobs import JobQueue, new_name
 from gradio_app.library import Library
 from gradio_app.messages import Messages
 from gradio_app.settings import Limits
+from gradio_app.store import PipelineStore
 from gradio_app.training import NO_PRESET, TrainForm
 
 from ..conftest import assert_named, raises
@@ -153,6 +155,7 @@ def test_the_form_becomes_the_settings_of_a_run(app, tmp_path):
     with app.store.lease(base) as pipe:
         made = form.config(pipe, base.source, tmp_path / "run", LIMITS)
         assert (made.alpha, made.beta, made.resolution, made.instance_prompt) == (0.9, 0.8, 16, "a cat")
+        assert made.caches_latents and not made.caches_text_embeddings
         assert made.with_prior_preservation and made.validation_prompt == "a cat" and made.memory_budget is None
         assert replace(form, beta=0.95).config(pipe, base.source, tmp_path, LIMITS).beta is None
         assert replace(form, memory_budget="1MB").config(pipe, base.source, tmp_path, LIMITS).memory_budget == "1MB"
@@ -187,6 +190,16 @@ def test_the_plan_follows_the_form(app):
     assert len(set(plans.values())) == len(plans)
     assert all("together" in plan and "full" in plan for plan in plans.values())
     assert "lora r=4" in plans["lora"] and "text encoder" not in plans["small"] and NO_PRESET
+
+
+def test_plans_do_not_depend_on_the_dtype_for_drawing(app):
+    base, plans, spectra = app.library.base("small"), [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        with PipelineStore(1, "cpu", dtype).lease(base) as pipe:
+            plans.append(TrainForm("small", alpha=0.7).plan(pipe, base.source, LIMITS))
+            spectra.append(plan_of(pipe, 0.9, 4).spectra)
+    assert plans[0] == plans[1] and spectra[0].keys() == spectra[1].keys()
+    assert all(torch.equal(spectrum, spectra[1][name]) for name, spectrum in spectra[0].items())
 
 
 def test_counting_for_the_plan_touches_no_layer_that_others_draw_with(app):
