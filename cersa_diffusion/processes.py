@@ -1,13 +1,16 @@
 """What several processes that train one model have to share."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 
 from cersa_diffusion.errors import CersaError
 from cersa_diffusion.layers.model import layers_by_key
+
+T = TypeVar("T")
 
 
 def several() -> bool:
@@ -25,6 +28,26 @@ def any_process(flag: bool, device: torch.device) -> bool:
     count = torch.tensor(float(flag), device=device)
     distributed.all_reduce(count)
     return count.item() > 0
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """The entries of a list that fall to this process; the processes take them in turn."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if several() else items
+
+
+def value_of_first(value: T) -> T:
+    """The value that the first process gives; all processes must call this at the same point, and wait for each other."""
+    if not several():
+        return value
+    values: list[T | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values[0]
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have called this."""
+    if several():
+        distributed.barrier()
 
 
 def share_bases(components: Mapping[str, nn.Module]) -> None:

@@ -63,6 +63,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"file with a line USER:PASSWORD for each user; the environment variable {AUTH_VARIABLE} may hold such lines, too",
     )
     parser.add_argument("--device", help="where pictures are drawn (default: cuda if there is one)")
+    # The names of DRAWING_DTYPES, without the import of torch that they need.
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="dtype of pipelines that draw, without their autoencoder; auto: 16 bits on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--max-pipelines", type=int, default=4, help="most pipelines held in memory (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
@@ -112,6 +119,7 @@ def main() -> None:
 
     import torch
 
+    from cersa_diffusion.pipelines.draw import DRAWING_DTYPES
     from gradio_app.hosts import LOCAL
     from gradio_app.page import build_page, serve
     from gradio_app.settings import AppSettings
@@ -126,6 +134,7 @@ def main() -> None:
             clip=None if arguments.clip == "none" else arguments.clip,
             max_pipelines=arguments.max_pipelines,
             device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=DRAWING_DTYPES[arguments.dtype],
         )
     )
     if arguments.host not in LOCAL and not arguments.auth:

@@ -3,7 +3,7 @@
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
@@ -85,10 +85,11 @@ class JobQueue:
     Args:
         messages: turns errors into texts.
         most_waiting: largest number of waiting jobs.
+        make_room: frees memory that the page can do without; called before every training.
     """
 
-    def __init__(self, messages: Messages, most_waiting: int):
-        self._messages, self._most_waiting = messages, most_waiting
+    def __init__(self, messages: Messages, most_waiting: int, make_room: Callable[[], None]):
+        self._messages, self._most_waiting, self._make_room = messages, most_waiting, make_room
         self._jobs: dict[str, Job] = {}
         self._waiting: list[str] = []
         self._condition = threading.Condition(threading.RLock())
@@ -214,6 +215,7 @@ class JobQueue:
 
     def _run(self, job: Job) -> Ending:
         try:
+            self._make_room()
             return run_training(job.config, self._messages, job.stop, lambda kind, data: self._record(job, kind, data))
         except Exception as error:  # after any error the next training in the queue has to start
             return Ending("failed", self._messages.text(error))

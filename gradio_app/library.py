@@ -46,6 +46,7 @@ class Run:
         weights_path: file or folder for `load_result`.
         base_name: name of its base; None if only loading can show whether it fits a base.
         prompt: prompt of the training, if it is known.
+        revision, variant: of the base that it was trained on.
         facts: content of the result file of the training.
     """
 
@@ -54,6 +55,8 @@ class Run:
     weights_path: Path
     base_name: str | None
     prompt: str = ""
+    revision: str | None = None
+    variant: str | None = None
     facts: dict = field(default_factory=dict, compare=False)
 
     @property
@@ -160,7 +163,8 @@ def _read_run(name: str, folder: Path, names: dict[str, str]) -> Run | None:
     usable = weights.exists() and weights.resolve().is_relative_to(folder.resolve()) and _only_safetensors(weights)
     if not usable or _identity(source) not in names:
         return None
-    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], result)
+    origin = {name: settings.get(name) for name in ("revision", "variant")}
+    return Run(name, method, weights, names[_identity(source)], settings["instance_prompt"], facts=result, **origin)
 
 
 def _result_name(method: str) -> str:

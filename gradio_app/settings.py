@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -63,6 +65,7 @@ class AppSettings:
         work_dir: a private folder for uploads and downloads, removed at the end.
         max_pipelines: largest number of pipelines in memory.
         device: device that draws the pictures.
+        dtype: dtype of the pipelines that draw; None: what suits the device (see `drawing_dtypes`).
         limits: the limits of requests.
     """
 
@@ -73,4 +76,5 @@ class AppSettings:
     clip: str | None = None
     max_pipelines: int = 4
     device: str = "cpu"
+    dtype: torch.dtype | None = None
     limits: Limits = field(default_factory=Limits)

@@ -54,8 +54,8 @@ class App:
         hidden |= {folder: f"models/{folder.name}" for folder in settings.models_dirs}
         hidden |= {folder: f"runs/{folder.name}" for folder in settings.runs_dirs}
         messages = Messages(hidden)
-        jobs = JobQueue(messages, most_waiting=settings.limits.queued_jobs)
+        store = PipelineStore(settings.max_pipelines, settings.device, settings.dtype)
+        jobs = JobQueue(messages, most_waiting=settings.limits.queued_jobs, make_room=store.put_away)
         jobs.restore(library.unfinished())
-        store = PipelineStore(settings.max_pipelines, settings.device)
         folder = PrivateFolder(settings.work_dir, settings.limits)
         return cls(settings, folder, library, store, Scorer(settings.clip, settings.device, store.loading), jobs, messages)

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from cersa_diffusion.pipelines.draw import drawing_dtypes
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import load_result
 from gradio_app.library import Base, Run
@@ -32,10 +33,12 @@ class PipelineStore:
     Args:
         capacity: largest number of pipelines at once.
         device: device of the pipelines.
+        dtype: their dtype (see `drawing_dtypes`).
     """
 
-    def __init__(self, capacity: int, device: str = "cpu"):
-        self.capacity, self.device = max(1, capacity), device
+    def __init__(self, capacity: int, device: str = "cpu", dtype: torch.dtype | None = None):
+        self.capacity, self.device = max(1, capacity), torch.device(device)
+        self.dtypes = drawing_dtypes(dtype, self.device)
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._changed = threading.Condition()
         # Loading temporarily changes how modules are created in the whole process, so two loads must not run at the same time.
@@ -74,6 +77,16 @@ class PipelineStore:
         """The number of pipelines in memory."""
         return len(self._entries)
 
+    def put_away(self) -> None:
+        """Frees the memory of all pipelines that are not in use; the next lease loads its pipeline again."""
+        with self._changed:
+            for key in [key for key, entry in self._entries.items() if not entry.users]:
+                del self._entries[key]
+            self._changed.notify_all()
+        if self.device.type == "cuda":
+            # torch keeps what it has freed, and other processes cannot use it.
+            torch.cuda.empty_cache()
+
     def _enter(self, key: tuple) -> _Entry:
         with self._changed:
             self._changed.wait_for(lambda: key in self._entries or self._make_room())
@@ -90,9 +103,10 @@ class PipelineStore:
 
     def _load(self, base: Base, run: Run | None) -> DiffusionPipeline:
         if run is None:
-            pipeline = load_base(base.source)
+            pipeline = load_base(base.source, dtype=self.dtypes)
         else:
-            pipeline = load_result(run.method, run.weights_path, base.source)
+            origin = {"revision": run.revision, "variant": run.variant}
+            pipeline = load_result(run.method, run.weights_path, base.source, dtype=self.dtypes, **origin)
         pipeline.set_progress_bar_config(disable=True)
         self._share(base, pipeline, untouched=run is None)
         return pipeline.to(self.device)

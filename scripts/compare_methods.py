@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from cersa_diffusion.errors import CersaError
+from cersa_diffusion.pipelines.draw import DRAWING_DTYPES, DTYPE_HELP
 from cersa_diffusion.study.definition import read_study
 from cersa_diffusion.study.engines import ENGINES, find_engine
 from cersa_diffusion.study.run import compare
@@ -29,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     changes.add_argument("--rows", nargs="+", metavar="NAME", help="the base and these; 'matched': the rows of matched memory")
     changes.add_argument("--seeds", type=int, help="number of trainings for each row and subject")
     changes.add_argument("--steps", type=int, help="number of training steps")
+    changes.add_argument("--dtype", choices=list(DRAWING_DTYPES), help=DTYPE_HELP)
     matched = changes.add_mutually_exclusive_group()
     matched.add_argument("--lora_rank", type=int, help="matched memory: CERSA gets the bytes of LoRA with this rank")
     matched.add_argument("--memory_budget", help="matched memory: largest memory of LoRA and of CERSA, such as 80MB")
@@ -48,6 +50,7 @@ def main() -> None:
             rows=arguments.rows,
             seeds=arguments.seeds,
             steps=arguments.steps,
+            dtype=arguments.dtype,
             lora_rank=arguments.lora_rank,
             budget=arguments.memory_budget,
         )

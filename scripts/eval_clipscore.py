@@ -25,7 +25,7 @@ from cersa_diffusion.metrics.encoders import DREAMBOOTH_ENCODER
 from cersa_diffusion.metrics.evaluation import Drift, Evaluation, Sample, Scorer
 from cersa_diffusion.metrics.inputs import read_picture_prompts, read_pictures, read_prompt_list
 from cersa_diffusion.metrics.prompts import PROMPT_LISTS, dreambooth_prompts, without_token
-from cersa_diffusion.pipelines.draw import generate
+from cersa_diffusion.pipelines.draw import DRAWING_DTYPES, DTYPE_HELP, generate
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED_CLIP, EMBEDDED_VIT = str(ASSETS / "emoji-clip"), str(ASSETS / "emoji-vit")
@@ -75,6 +75,7 @@ def _add_drawing(group) -> None:
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="one picture per prompt and seed")
     group.add_argument("--steps", type=int, default=defaults["steps"], help="number of denoising steps")
     group.add_argument("--guidance", type=float, default=defaults["guidance"], help="scale of classifier-free guidance")
+    group.add_argument("--dtype", choices=list(DRAWING_DTYPES), default="auto", help=DTYPE_HELP)
     group.add_argument("--drift_prompts", type=Path, help="list of prompts without the subject: adds the drift")
     group.add_argument("--base", help="base pipeline for the drift; default: --pipeline without the adapters")
 
@@ -169,8 +170,9 @@ def score_pipeline(arguments: argparse.Namespace, references: list[Image.Image])
     """Draws with --pipeline and scores the pictures; every model is loaded before the first picture is drawn."""
     prompts = prompts_to_draw(arguments)
     drift_prompts = read_prompt_list(arguments.drift_prompts, "--drift_prompts") if arguments.drift_prompts else []
-    pipeline = open_pipeline(arguments.pipeline, arguments.adapter, arguments.device)
-    base = open_pipeline(arguments.base or arguments.pipeline, device=arguments.device) if drift_prompts else None
+    place = {"device": arguments.device, "dtype": DRAWING_DTYPES[arguments.dtype]}
+    pipeline = open_pipeline(arguments.pipeline, arguments.adapter, **place)
+    base = open_pipeline(arguments.base or arguments.pipeline, **place) if drift_prompts else None
     scorer = load_scorer(arguments)
     for clip in scorer.clips.values():
         clip.warn_of_truncation([as_scored(arguments, prompt) for prompt in prompts])

@@ -64,7 +64,7 @@ class StableDiffusion(Family):
 def token_ids(tokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
     """(prompts, length) token ids, padded or truncated to the length of the text encoder."""
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(list(prompts), **options).input_ids.to(device)
+    return tokenizer(list(prompts), **options).input_ids.to(device, non_blocking=True)
 
 
 STABLE_DIFFUSION = StableDiffusion()

@@ -33,7 +33,7 @@ def load_result(
     weights_path: Path,
     base: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:

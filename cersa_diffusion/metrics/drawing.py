@@ -11,22 +11,29 @@ from safetensors import SafetensorError
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
 from cersa_diffusion.metrics.embedding import scoring_device
 from cersa_diffusion.metrics.evaluation import Sample
-from cersa_diffusion.pipelines.draw import generate
+from cersa_diffusion.pipelines.draw import drawing_dtypes, generate
 from cersa_diffusion.pipelines.open import load_base
 
 
-def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str | torch.device | None = None) -> DiffusionPipeline:
+def open_pipeline(
+    name_or_path: str,
+    adapters: Sequence[str] = (),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
     """A pipeline with adapters, all of them active, on the device that draws.
 
     Args:
         name_or_path: a folder or hub id, as for `load_base`.
         adapters: CERSA adapters (a file, a folder or a hub id) or LoRA files (or folders with pytorch_lora_weights.safetensors).
         device: by default the GPU if there is one.
+        dtype: see `drawing_dtypes`.
 
     Raises:
         CersaError: the pipeline or an adapter cannot be loaded.
     """
-    pipeline, loras = load_base(name_or_path), []
+    device = scoring_device(device)
+    pipeline, loras = load_base(name_or_path, dtype=drawing_dtypes(dtype, device)), []
     for number, adapter in enumerate(adapters):
         lora = _lora_file(Path(adapter))
         if lora is None:
@@ -38,7 +45,7 @@ def open_pipeline(name_or_path: str, adapters: Sequence[str] = (), device: str |
         # Loading another LoRA deactivates the LoRAs that were active.
         pipeline.set_adapters(loras)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(scoring_device(device))
+    return pipeline.to(device)
 
 
 def _lora_file(path: Path) -> Path | None:

@@ -7,7 +7,29 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from cersa_diffusion.families.table import family_of
+
 CELL, MARGIN, LABEL_WIDTH, TITLE_HEIGHT = 128, 6, 150, 60
+# What --dtype offers for drawing; None: what suits the device.
+DRAWING_DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_HELP = "dtype of pipelines that draw, without their autoencoder; auto: 16 bits on a GPU, float32 on a CPU"
+
+
+def drawing_dtypes(dtype: torch.dtype | None, device: torch.device) -> dict[str, torch.dtype]:
+    """The dtypes of a pipeline that only draws, as `load_base` takes them.
+
+    The autoencoder always has float32, in which no autoencoder overflows; `generate` decodes with it.
+
+    Args:
+        dtype: of all other models; None: float32, but on a GPU 16 bits, bfloat16 where the GPU computes in it, else float16.
+        device: where the pipeline draws.
+
+    Returns:
+        Component -> dtype, and "default" for all other components.
+    """
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"default": dtype or torch.float32, "vae": torch.float32}
 
 
 def generate(
@@ -26,7 +48,8 @@ def generate(
     The noise of every picture is drawn on the CPU from its seed, so that all models start from the same noise.
 
     Args:
-        pipeline, prompts, seeds: what to draw, and with which pipeline.
+        pipeline: a pipeline of one of the families; its autoencoder may have another dtype than its other models.
+        prompts, seeds: what to draw.
         steps: denoising steps.
         guidance: scale of classifier-free guidance.
         batch_size: pictures per call of the pipeline.
@@ -34,17 +57,19 @@ def generate(
         show_progress: show a bar over the batches.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    pictures = []
+    family, pictures = family_of(type(pipeline).__name__), []
     for start in tqdm(range(0, len(jobs), batch_size), desc="drawing", unit="batch", disable=not show_progress):
         batch = jobs[start : start + batch_size]
-        pictures += pipeline(
+        latents = pipeline(
             [prompt for prompt, _ in batch],
             # None and not a list of empty texts: without a negative prompt some pipelines use a special vector.
             negative_prompt=[negative_prompt] * len(batch) if negative_prompt else None,
             generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
+            output_type="latent",
         ).images
+        pictures += pipeline.image_processor.postprocess(family.decode(pipeline.vae, latents))
     return [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
 
 

@@ -18,7 +18,7 @@ def load_base(
     name_or_path: str,
     *,
     family: Family | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionPipeline:
@@ -27,7 +27,7 @@ def load_base(
     Args:
         name_or_path: a folder or a model id on the hub.
         family: the expected family; None: any.
-        dtype: dtype of all models.
+        dtype: dtype of all models; or component -> dtype, and "default" -> that of all others.
         revision: revision on the hub.
         variant: variant of the weight files.
 

@@ -12,6 +12,7 @@ from typing import Literal
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.files import NEITHER, is_hub_id
 from cersa_diffusion.methods.settings import READ_BY
+from cersa_diffusion.pipelines.draw import DRAWING_DTYPES
 from cersa_diffusion.study.subjects import VALIDATION, Subject, read_subject
 from cersa_diffusion.training.settings.checks import check_names
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -62,12 +63,14 @@ class Sampling:
         guidance: scale of classifier-free guidance.
         pictures: number of pictures per prompt, from seeds that are the same for every row.
         batch_size: number of pictures per batch.
+        dtype: of the pipelines that draw, a key of `DRAWING_DTYPES`.
     """
 
     steps: int = 25
     guidance: float = 4.0
     pictures: int = 4
     batch_size: int = 16
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def read_study(path: str | Path, **changes) -> Study:
     Args:
         path: the file; the paths in it are relative to its folder.
         changes: values that replace those of the file: `subjects` and `rows` (some of its names), `seeds`, `steps` (of the
-            training), `lora_rank` or `budget` (of matched memory); None keeps the value of the file.
+            training), `dtype` (of the sampling), `lora_rank` or `budget` (of matched memory); None keeps the value of the file.
 
     Raises:
         ConfigError: the file cannot be read, or the study cannot be run.
@@ -236,7 +239,9 @@ def _study_from_toml(values: dict, root: Path) -> Study:
     return Study(**values | converted | {"root": root, "rows": tuple(rows), "training": training})
 
 
-def _replace_values(study: Study, *, subjects=None, rows=None, seeds=None, steps=None, lora_rank=None, budget=None) -> Study:
+def _replace_values(
+    study: Study, *, subjects=None, rows=None, seeds=None, steps=None, dtype=None, lora_rank=None, budget=None
+) -> Study:
     if subjects is not None:
         folders = {read_subject(Path(study.place(folder))).name: folder for folder in study.subjects}
         study = replace(study, subjects=tuple(folders[name] for name in _chosen_names(subjects, folders, "subjects")))
@@ -250,6 +255,8 @@ def _replace_values(study: Study, *, subjects=None, rows=None, seeds=None, steps
         study = replace(study, seeds=seeds)
     if steps is not None:
         study = replace(study, training=study.training | {"max_train_steps": steps})
+    if dtype is not None:
+        study = replace(study, sampling=replace(study.sampling, dtype=dtype))
     if lora_rank is not None or budget is not None:
         if study.matched_memory is None:
             raise ConfigError("lora_rank and budget need the learning rates of a [matched_memory] table")
@@ -287,6 +294,8 @@ def check_study(study: Study) -> None:
     for name in ("steps", "pictures", "batch_size", "guidance"):
         if not getattr(study.sampling, name) > 0:
             raise ConfigError(f"sampling.{name} is {getattr(study.sampling, name)}, expected more than 0")
+    if study.sampling.dtype not in DRAWING_DTYPES:
+        raise ConfigError(f"sampling.dtype is {study.sampling.dtype!r}, expected one of {', '.join(DRAWING_DTYPES)}")
     for name in (study.base, study.scoring.clip, study.scoring.vision):
         place = study.place(name)
         if not Path(place).is_dir() and not is_hub_id(name):

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.methods.cersa import CersaMethod
 from cersa_diffusion.metrics.embedding import scoring_device
+from cersa_diffusion.pipelines.draw import DRAWING_DTYPES, drawing_dtypes
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.study.cells import CLASS_PICTURES, TRAINING_FILE, Cell, base_cell, cell_settings, write_json
 from cersa_diffusion.study.definition import Study
@@ -93,13 +94,13 @@ def train(config: DreamBoothConfig, folder: Path) -> dict:
 
 
 def open_untrained(study: Study, cell: Cell, subject: Subject, output: Path) -> DiffusionPipeline:
-    """The truncated base, or the untouched base, which first draws the class pictures that all trainings share."""
-    pipeline, row = load_base(study.place(study.base)), study.row(cell.row)
-    config = study.config(row, subject, class_data_dir=_class_pictures(cell, output))
-    if cell == base_cell(cell.subject):
-        pipeline.to(scoring_device(None))
-        if config.with_prior_preservation:
-            sample_class_pictures(pipeline, config)
+    """The truncated base, or the untouched base; before it the class pictures that all trainings share are drawn."""
+    config = study.config(study.row(cell.row), subject, class_data_dir=_class_pictures(cell, output))
+    is_base = cell == base_cell(cell.subject)
+    if is_base and config.with_prior_preservation:
+        sample_class_pictures(config, scoring_device(None))
+    pipeline = load_base(study.place(study.base), dtype=_dtypes(study))
+    if is_base:
         return pipeline
     components = config.family.components(pipeline, text_encoders=config.train_text_encoder)
     method = CersaMethod(config, config.targets)
@@ -119,7 +120,11 @@ def open_trained(study: Study, cell: Cell, subject: Subject, output: Path) -> Di
         )  # fmt: skip
         write_json(folder / TRAINING_FILE, train(config, folder) | {"made_with": cell_settings(study, cell, subject)})
     training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-    return load_result(row.method, folder / training["weights"], study.place(study.base))
+    return load_result(row.method, folder / training["weights"], study.place(study.base), dtype=_dtypes(study))
+
+
+def _dtypes(study: Study) -> dict[str, torch.dtype]:
+    return drawing_dtypes(DRAWING_DTYPES[study.sampling.dtype], scoring_device(None))
 
 
 def run_cell(study: Study, cell: Cell, part: str, output: Path) -> None:

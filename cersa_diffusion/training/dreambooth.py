@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.pictures import picture_paths
@@ -62,9 +61,11 @@ def train_dreambooth(config: DreamBoothConfig, callbacks: Sequence[TrainingCallb
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_dir=output_dir / config.logging_dir if config.report_to else None,
+        # The next batch goes to a GPU while it still computes; the batches lie in pinned memory.
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         # Unused parameters: nothing reads the last layer of SDXL's first text encoder; processes would wait for its gradients.
-        # Buffers: none changes in training, and `share_bases` has sent those of the CERSA layers. Timeout: one process draws the
-        # class pictures while the others wait longer than usual.
+        # Buffers: none changes in training, and `share_bases` has sent those of the CERSA layers. Timeout: while one process
+        # draws previews or the last class pictures, the others wait longer than usual.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=len(config.family.text_encoders) > 1),
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),
@@ -104,11 +105,11 @@ def _train(
     output_dir = Path(config.output_dir)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    # Drawn first, by pipelines of their own: drawing and training do not need memory at the same time.
+    classes = _class_pictures(config, accelerator)
     # Loading is a part of preparing.
     peaks = PeakMemory(accelerator.device)
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
-    classes = _class_pictures(config, base, accelerator)
-
     run = DreamBoothRun(config, base, accelerator, instance, classes, peaks)
     if accelerator.is_main_process:
         check_disk_space(run, output_dir)
@@ -186,12 +187,10 @@ def _check_output(config: DreamBoothConfig, output_dir: Path, total_steps: int) 
     return checkpoint
 
 
-def _class_pictures(config: DreamBoothConfig, base: DiffusionPipeline, accelerator: Accelerator) -> list[Example]:
+def _class_pictures(config: DreamBoothConfig, accelerator: Accelerator) -> list[Example]:
     if not config.with_prior_preservation:
         return []
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            sample_class_pictures(base.to(accelerator.device), config)
+    sample_class_pictures(config, accelerator.device)
     return class_examples(picture_paths(config.class_data_dir, "class_data_dir"), config)
 
 

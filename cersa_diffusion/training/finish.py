@@ -106,10 +106,9 @@ def add_extras(
 
 def _draw(config: DreamBoothConfig, result: TrainResult, accelerator: Accelerator) -> list[Image.Image]:
     """Draws with the saved result in a new pipeline, so that the pictures show what the file contains."""
-    dtype, weights_path = PRECISIONS[accelerator.mixed_precision], Path(result.weights_path)
+    dtypes, weights_path = {"default": PRECISIONS[accelerator.mixed_precision], "vae": torch.float32}, Path(result.weights_path)
     base, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
-    pipeline = load_result(result.method, weights_path, base, dtype=dtype, revision=revision, variant=variant)
-    pipeline.vae.to(torch.float32)
+    pipeline = load_result(result.method, weights_path, base, dtype=dtypes, revision=revision, variant=variant)
     pictures = previews.draw(pipeline.to(accelerator.device), config)
     previews.save(pictures, Path(result.output_dir) / PICTURES_FOLDER)
     previews.log_previews(accelerator, pictures, result.steps, config.validation_prompt)

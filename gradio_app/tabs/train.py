@@ -12,6 +12,7 @@ from cersa_diffusion import export_lora
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.methods.cersa import CersaMethod
 from cersa_diffusion.methods.table import METHODS
+from cersa_diffusion.pipelines.open import load_base
 from gradio_app import uploads
 from gradio_app.jobs import ENDED, Job, new_name
 from gradio_app.state import App
@@ -306,7 +307,8 @@ class TrainTab:
         # The export loads its own base, because the pipelines in memory are shared and must not change.
         source = self.app.library.base(run.base_name).source
         with self.app.store.loading:
-            report = export_lora(run.weights_path, path, rank=int(rank), format=layout, base=source, prompt=run.prompt)
+            base = load_base(source, revision=run.revision, variant=run.variant)
+            report = export_lora(run.weights_path, path, rank=int(rank), format=layout, base=base, prompt=run.prompt)
         text = str(report).replace(str(path), path.name)
         return [MadeLora((name, int(rank), keys), path, text)]
 

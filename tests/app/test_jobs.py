@@ -11,10 +11,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
 from cersa_diffusion.training.run.lock import training_process
+from gradio_app.inspection import plan_of
 from gradio_app.jobs import JobQueue, new_name
 from gradio_app.library import Library
 from gradio_app.messages import Messages
 from gradio_app.settings import Limits
+from gradio_app.store import PipelineStore
 from gradio_app.training import NO_PRESET, TrainForm
 
 from ..conftest import assert_named, raises
@@ -45,7 +47,7 @@ def config(models_dir, subject_path, tmp_path):
 
 @pytest.fixture
 def queue(tmp_path) -> JobQueue:
-    return JobQueue(Messages({tmp_path: "work"}), most_waiting=3)
+    return JobQueue(Messages({tmp_path: "work"}), most_waiting=3, make_room=lambda: None)
 
 
 def test_one_after_the_other_with_places(queue, config):
@@ -117,7 +119,7 @@ def test_what_a_killed_server_left_can_be_resumed(queue, config, models_dir, tmp
     wait_for(lambda jobs: jobs["left"][0].state == "stopped", queue)
     step = queue.job("left").step
     library = Library([models_dir], [tmp_path / "runs"])
-    another = JobQueue(Messages({}), most_waiting=3)
+    another = JobQueue(Messages({}), most_waiting=3, make_room=lambda: None)
     another.restore(library.unfinished())
     [(job, _)] = another.jobs()
     assert job.resumable and job.step == step and job.config.max_train_steps == 200
@@ -131,7 +133,7 @@ def test_what_a_killed_server_left_can_be_resumed(queue, config, models_dir, tmp
 def test_a_run_that_another_process_trains_is_listed_and_left_alone(queue, config, models_dir, tmp_path):
     queue.submit("shared", config("shared", max_train_steps=400, checkpointing_steps=2))
     wait_for(lambda jobs: jobs["shared"][0].step > 3, queue)
-    other = JobQueue(Messages({}), most_waiting=3)
+    other = JobQueue(Messages({}), most_waiting=3, make_room=lambda: None)
     other.restore(Library([models_dir], [tmp_path / "runs"]).unfinished())
     [(job, _)] = other.jobs()
     assert (job.state, job.resumable) == ("elsewhere", False) and "process" in job.message
@@ -153,6 +155,7 @@ def test_the_form_becomes_the_settings_of_a_run(app, tmp_path):
     with app.store.lease(base) as pipe:
         made = form.config(pipe, base.source, tmp_path / "run", LIMITS)
         assert (made.alpha, made.beta, made.resolution, made.instance_prompt) == (0.9, 0.8, 16, "a cat")
+        assert made.caches_latents and not made.caches_text_embeddings
         assert made.with_prior_preservation and made.validation_prompt == "a cat" and made.memory_budget is None
         assert replace(form, beta=0.95).config(pipe, base.source, tmp_path, LIMITS).beta is None
         assert replace(form, memory_budget="1MB").config(pipe, base.source, tmp_path, LIMITS).memory_budget == "1MB"
@@ -189,6 +192,16 @@ def test_the_plan_follows_the_form(app):
     assert "lora r=4" in plans["lora"] and "text encoder" not in plans["small"] and NO_PRESET
 
 
+def test_plans_do_not_depend_on_the_dtype_for_drawing(app):
+    base, plans, spectra = app.library.base("small"), [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        with PipelineStore(1, "cpu", dtype).lease(base) as pipe:
+            plans.append(TrainForm("small", alpha=0.7).plan(pipe, base.source, LIMITS))
+            spectra.append(plan_of(pipe, 0.9, 4).spectra)
+    assert plans[0] == plans[1] and spectra[0].keys() == spectra[1].keys()
+    assert all(torch.equal(spectrum, spectra[1][name]) for name, spectrum in spectra[0].items())
+
+
 def test_counting_for_the_plan_touches_no_layer_that_others_draw_with(app):
     base, called = app.library.base("small"), set()
     with app.store.lease(base) as pipe:
@@ -203,3 +216,12 @@ def test_counting_for_the_plan_touches_no_layer_that_others_draw_with(app):
 def test_names_of_runs_are_the_page_s_own():
     assert new_name("cersa", []).startswith("cersa-")
     assert len({new_name("cersa", ["cersa-1"]) for _ in range(50)}) == 50
+
+
+def test_a_training_finds_the_memory_of_idle_pipelines_free(app, config, models_dir):
+    with app.store.lease(app.library.base("small")):
+        pass
+    assert app.store.held() == 1
+    app.jobs.submit("cat", config("cat", max_train_steps=1))
+    wait_for(lambda jobs: jobs["cat"][0].state == "finished", app.jobs)
+    assert app.store.held() == 0

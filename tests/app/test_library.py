@@ -23,6 +23,15 @@ def test_bases_and_runs_of_the_folders_are_listed(models_dir, runs_dir):
     assert runs["cat-cersa"].training_bytes > runs["cat-cersa"].file_bytes
 
 
+def test_a_run_knows_which_base_it_was_trained_on(models_dir, runs_dir, tmp_path):
+    shutil.copytree(runs_dir / "cat-lora", tmp_path / "cat")
+    settings = tmp_path / "cat" / "config.toml"
+    settings.write_text('revision = "v2"\nvariant = "fp16"\n' + settings.read_text())
+    found = [Library([models_dir], [folder]).runs() for folder in (tmp_path, runs_dir)]
+    origins = [(run.revision, run.variant) for run in (found[0]["cat"], found[1]["cat-lora"])]
+    assert origins == [("v2", "fp16"), (None, None)]
+
+
 def test_runs_of_further_folders_carry_the_name_of_their_folder(models_dir, runs_dir, tmp_path):
     again = tmp_path / runs_dir.name
     shutil.copytree(runs_dir / "cat-lora", again / "cat-lora")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cersa_diffusion.pipelines.draw import DRAWING_DTYPES
+from gradio_app.app import parse_arguments
+
 from .test_server import fetch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "gradio_app" / "app.py"
@@ -19,6 +22,12 @@ def started(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments], env=os.environ | environment, text=True, stderr=subprocess.PIPE
     )
+
+
+@pytest.mark.parametrize("name", DRAWING_DTYPES)
+def test_every_dtype_for_drawing_can_be_chosen(name):
+    assert parse_arguments(["--dtype", name]).dtype == name
+    assert parse_arguments([]).dtype == "auto"
 
 
 @pytest.mark.parametrize("line", ["me", ":word", "me:", ""])

@@ -23,9 +23,10 @@ def test_a_study_survives_json(study_file):
 
 
 def test_options_replace_what_the_file_says(study_file):
-    study = read_study(study_file(), subjects=["my-dog"], rows=["cersa-.9"], seeds=1, steps=7)
+    study = read_study(study_file(), subjects=["my-dog"], rows=["cersa-.9"], seeds=1, steps=7, dtype="bfloat16")
     assert list(study.read_subjects()) == ["my-dog"] and [row.name for row in study.rows] == ["base", "cersa-.9"]
     assert study.seeds == 1 and study.training["max_train_steps"] == 7
+    assert (study.sampling.dtype, study.sampling.pictures) == ("bfloat16", STUDY["sampling"]["pictures"])
 
 
 def test_every_row_gets_the_same_settings_but_its_own(study_file):
@@ -55,6 +56,7 @@ ROWS, TRAINING = STUDY["rows"], STUDY["training"]
         ({"tuning_subjects": ["fox"]}, "tuning_subjects fox my-cat my-dog"),
         ({"sampling": {"steps": 0}}, "sampling.steps 0"),
         ({"sampling": {"scheduler": "x"}}, "sampling scheduler"),
+        ({"sampling": {"dtype": "half"}}, "sampling.dtype half auto float32 float16 bfloat16"),
         ({"scoring": {"clip": "emoji-clip"}}, "scoring vision"),
         ({"training": {"resolution": 16}}, "training.max_train_steps"),
         ({"training": TRAINING | {"max_trian_steps": 2}}, "max_trian_steps max_train_steps"),

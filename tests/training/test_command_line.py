@@ -31,6 +31,14 @@ def test_presets_are_settings_and_give_way(name):
     assert parse("--preset", name, "--mixed_precision", "no").mixed_precision == "no"
 
 
+@pytest.mark.parametrize("name", ["cache_latents", "pre_compute_text_embeddings"])
+def test_a_choice_that_is_left_to_the_trainer(name):
+    frozen = ("--no_train_text_encoder",)
+    for words, chosen in (((), None), ((f"--{name}",), True), ((f"--{name}", "true"), True), ((f"--{name}", "false"), False)):
+        assert getattr(parse(*frozen, *words), name) is chosen
+    assert parse(*frozen, f"--{name}", "--center_crop").center_crop
+
+
 def test_a_file_replaces_the_command_line(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(

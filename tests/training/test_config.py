@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from cersa_diffusion import ConfigError
@@ -44,6 +45,10 @@ REQUIRED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictu
         ({"adam_epsilon": -1.0}, "adam_epsilon -1.0"),
         ({"seed": 2**32}, "seed 4294967296 2**32"),
         ({"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 0.1}, "prodigy text_encoder_lr"),
+        ({"pre_compute_text_embeddings": True}, "pre_compute_text_embeddings --no_train_text_encoder"),
+        ({"cache_to_disk": True}, "cache_to_disk cache_latents pre_compute_text_embeddings"),
+        ({"cache_to_disk": True, "center_crop": True, "cache_latents": False}, "cache_to_disk cache_latents"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers -1"),
     ],
 )
 def test_refused(settings, names):
@@ -117,3 +122,50 @@ def test_target_modules_from_the_command_line(words, expected):
     line += ["--unet_target_modules", *words] if words else []
     (config,) = HfArgumentParser(DreamBoothConfig).parse_args_into_dataclasses(line)
     assert config.target_modules("unet") == expected and config.target_modules("text_encoder") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "cached"),
+    [
+        ({}, False),
+        ({"center_crop": True}, True),
+        ({"center_crop": True, "aspect_ratio_buckets": True}, True),
+        ({"aspect_ratio_buckets": True}, False),
+        ({"center_crop": True, "random_flip": True}, False),
+        ({"center_crop": True, "cache_latents": False}, False),
+        ({"cache_latents": True}, True),
+        ({"center_crop": True, "random_flip": True, "cache_latents": True}, True),
+    ],
+)
+def test_latents_are_cached_where_pictures_have_one_view(settings, cached):
+    assert DreamBoothConfig(**REQUIRED, **settings).caches_latents is cached
+
+
+@pytest.mark.parametrize(
+    ("settings", "cached"),
+    [
+        ({}, False),
+        ({"train_text_encoder": False}, True),
+        ({"train_text_encoder": False, "pre_compute_text_embeddings": False}, False),
+        ({"train_text_encoder": False, "pre_compute_text_embeddings": True}, True),
+    ],
+)
+def test_prompts_are_encoded_once_where_no_text_encoder_is_trained(settings, cached):
+    assert DreamBoothConfig(**REQUIRED, **settings).caches_text_embeddings is cached
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cpu", "on_gpu"),
+    [
+        ({}, 0, 2),
+        ({"center_crop": True}, 0, 0),
+        ({"cache_latents": True}, 0, 0),
+        ({"center_crop": True, "cache_latents": False}, 0, 2),
+        ({"dataloader_num_workers": 0}, 0, 0),
+        ({"dataloader_num_workers": 3, "cache_latents": True}, 3, 3),
+    ],
+)
+def test_pictures_are_decoded_beside_the_steps_of_a_gpu(settings, on_cpu, on_gpu):
+    config = DreamBoothConfig(**REQUIRED, **settings)
+    assert config.loader_workers(torch.device("cpu")) == on_cpu
+    assert config.loader_workers(torch.device("cuda", 1)) == on_gpu

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cersa_diffusion import ConfigError
+from cersa_diffusion.adapters.file import read_adapter_file
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig, TrainingCallback, train_dreambooth
 from cersa_diffusion.training.checkpoints.folder import trained_weights
@@ -125,9 +127,23 @@ def test_the_steps_of_adafactor_are_as_long_as_those_of_adamw(small_settings, tm
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_cached_latents_and_prompts_train_alike(small_settings, tmp_path, on_disk):
     settings = small_settings | {"center_crop": True, "train_text_encoder": False, "random_flip": True}
-    plain = losses_of(settings, tmp_path / "plain")
+    plain = losses_of(settings, tmp_path / "plain", cache_latents=False, pre_compute_text_embeddings=False)
     cached = losses_of(settings, tmp_path / "cached", cache_latents=True, pre_compute_text_embeddings=True, cache_to_disk=on_disk)
     assert cached == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_is_cached_unasked_changes_no_bit_of_a_loss(small_settings, tmp_path, precision):
+    """With one picture a step: pictures that are encoded together round together."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = small_settings | {"center_crop": True, "train_text_encoder": False, "train_batch_size": 1}
+    settings |= {"mixed_precision": precision}
+    recorder, folder = Losses(), tmp_path / "unasked"
+    result = train_dreambooth(DreamBoothConfig(**settings | {"output_dir": str(folder)}), [recorder])
+    header = read_adapter_file(result.weights_path).training
+    assert header["cache_latents"] is header["pre_compute_text_embeddings"] is True
+    uncached = losses_of(settings, tmp_path / "uncached", cache_latents=False, pre_compute_text_embeddings=False)
+    assert [progress.loss for progress in recorder.steps] == uncached
 
 
 def test_buckets_train(small_settings, tmp_path):

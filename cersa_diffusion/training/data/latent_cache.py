@@ -32,9 +32,9 @@ def cache_latents(
 ) -> LatentCache:
     """Mean and standard deviation of the VAE's posterior for every view of a run.
 
-    The random crop of each picture is drawn once; the noise of the posterior is still drawn for every sample. Views are encoded
-    one at a time. On a CPU, a run with `center_crop` and one picture per batch is therefore bit for bit the same as without a
-    cache; with larger batches it differs by rounding, which depends on the pictures that are encoded together.
+    The crop of each picture is drawn once; the noise of the posterior is still drawn for every sample. Views are encoded one at
+    a time. On a CPU, a run with `center_crop` and one picture per batch is therefore bit for bit the same as without a cache;
+    with larger batches it differs by rounding, which depends on the pictures that are encoded together.
 
     Args:
         instance: the pictures of the subject.

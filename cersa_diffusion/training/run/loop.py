@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +19,7 @@ from cersa_diffusion.errors import CersaError, NonFiniteError
 from cersa_diffusion.files import staged_folder
 from cersa_diffusion.layers.model import trainable_parameters
 from cersa_diffusion.methods.table import make_method
-from cersa_diffusion.processes import any_process
+from cersa_diffusion.processes import any_process, several
 from cersa_diffusion.text import duration
 from cersa_diffusion.training.callbacks import RunStart, StepProgress, TrainingCallback, TrainingStopped
 from cersa_diffusion.training.checkpoints.folder import TrainingState, load_checkpoint, skip_model_weights
@@ -30,7 +29,7 @@ from cersa_diffusion.training.data.dataset import DreamBoothDataset, collate
 from cersa_diffusion.training.run import previews
 from cersa_diffusion.training.run.interrupt import StopRequest
 from cersa_diffusion.training.run.memory import tensor_bytes
-from cersa_diffusion.training.run.optimizers import make_optimizer
+from cersa_diffusion.training.run.optimizers import make_average, make_optimizer
 from cersa_diffusion.training.run.peaks import DRAWING, PREPARING, TRAINING, PeakMemory
 from cersa_diffusion.training.run.preparation import Preparation
 from cersa_diffusion.training.run.rates import keep_rates
@@ -80,13 +79,15 @@ class DreamBoothRun:
             {"params": trainable_parameters(model), "lr": config.rate(name, accelerator.num_processes)}
             for name, model in self.components.items()
         ]
+        # Listed once: the steps need it several times, and the models have thousands of modules.
+        self._trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = make_optimizer(config, groups)
-        self.average = EMAModel(self.trained(), decay=config.ema_decay) if config.use_ema else None
+        self.average = make_average(config, self._trained) if config.use_ema else None
         self.seconds, self.losses, self.pictures_per_second = 0.0, [], 0.0
 
     def trained(self) -> list[nn.Parameter]:
         """All parameters that are trained."""
-        return [parameter for model in self.components.values() for parameter in trainable_parameters(model)]
+        return self._trained
 
     def fit(
         self,
@@ -101,7 +102,8 @@ class DreamBoothRun:
             output_dir: folder of the run.
             checkpoint: the checkpoint to resume from.
             callbacks: receive the events of the run, on the main process.
-            stop: the request to end the run, checked after every step; None: there is none.
+            stop: the request to end the run, checked after every step; None: there is none. Several processes exchange requests
+                together with the loss: one that comes later in a step counts for the next.
 
         Raises:
             NonFiniteError: loss, gradient or weights became NaN or infinite; a checkpoint holds the last state before that.
@@ -110,6 +112,7 @@ class DreamBoothRun:
             TrainingStopped: a callback ended the run; its checkpoint is written.
         """
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
+        self.stop = stop
         self._prepare_for_accelerate()
         state = TrainingState(self.accelerator, self.components, self.optimizer, self.average)
         self.keeper = CheckpointKeeper(self.config, state, output_dir, self.callbacks)
@@ -128,7 +131,7 @@ class DreamBoothRun:
                 self.losses.append(loss)
                 self.seconds += time.perf_counter() - start
                 self._report_step(step, (step - first) / self.seconds)
-                self._after_step(output_dir, step, stop)
+                self._after_step(output_dir, step)
                 # The time of previews and checkpoints does not count as time of the steps.
                 start = time.perf_counter()
         except NonFiniteError as error:
@@ -141,13 +144,18 @@ class DreamBoothRun:
         keep_rates(self.scheduler.scheduler, rates, step)
         return step
 
-    def _after_step(self, output_dir: Path, step: int, stop: StopRequest | None) -> None:
+    def _callback_stops(self) -> bool:
+        return any(callback.should_stop() for callback in self.callbacks)
+
+    def _stop_requested(self) -> bool:
+        return self._callback_stops() or (self.stop is not None and self.stop.requested)
+
+    def _after_step(self, output_dir: Path, step: int) -> None:
         """Ends the run if that was requested, otherwise writes the checkpoint and the preview that are due."""
-        last, device = step == self.total_steps, self.accelerator.device
-        callback_stops = any(callback.should_stop() for callback in self.callbacks)
+        last = step == self.total_steps
         # All processes must stop at the same step, otherwise the remaining ones wait for ever.
-        if not last and any_process(callback_stops or (stop is not None and stop.requested), device):
-            ending = TrainingStopped if any_process(callback_stops, device) else KeyboardInterrupt
+        if not last and (self.all_stop if several() else self._stop_requested()):
+            ending = TrainingStopped if any_process(self._callback_stops(), self.accelerator.device) else KeyboardInterrupt
             folder = self.keeper.keep_last(step)
             raise ending(f"stopped after step {step}; {folder.name} is in {folder.parent}")
         if last:
@@ -202,8 +210,8 @@ class DreamBoothRun:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained(), self.config.max_grad_norm)
-                    step, mean = step + 1, accelerator.reduce(torch.stack(losses).mean(), "mean")
-                    value = self._finite_loss(mean, norm, step)
+                    step += 1
+                    value = self._finite_loss(torch.stack(losses).mean(), norm, step)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
@@ -219,7 +227,8 @@ class DreamBoothRun:
         dataset = DreamBoothDataset(
             self.instance, self.classes, config, first=first, last=last, samples_per_step=size, latents=self.preparation.latents
         )
-        options = {"num_workers": config.dataloader_num_workers, "pin_memory": self.accelerator.device.type == "cuda"}
+        device = self.accelerator.device
+        options = {"num_workers": config.loader_workers(device), "pin_memory": device.type == "cuda"}
         return DataLoader(dataset, batch_size=config.train_batch_size, collate_fn=collate, **options)
 
     def _report_start(self, step: int) -> None:
@@ -272,10 +281,17 @@ class DreamBoothRun:
         self.accelerator.wait_for_everyone()
 
     def _finite_loss(self, loss: Tensor, norm: Tensor | None, step: int) -> float:
-        """The loss of a step as a number; refuses NaN and infinity before the optimizer uses the gradient."""
+        """The loss of a step as a number; refuses NaN and infinity before the optimizer uses the gradient.
+
+        This is the only place of a step at which the host waits for the device and the processes for each other: here they also
+        exchange whether one of them is to stop.
+        """
+        wants_stop = torch.full_like(loss, several() and self._stop_requested())
+        loss, stops = self.accelerator.reduce(torch.stack([loss, wants_stop]), "mean")
         # Under a loss scaler infinite gradients are normal: the scaler itself skips such steps.
         checked_norm = norm if norm is not None and self.accelerator.scaler is None else loss
-        value, gradient = torch.stack([loss, checked_norm.detach().to(loss)]).tolist()
+        value, gradient, stops = torch.stack([loss, checked_norm.detach().to(loss), stops]).tolist()
+        self.all_stop = stops > 0
         for name, number in (("loss", value), ("gradient", gradient)):
             if not math.isfinite(number):
                 raise NonFiniteError(
@@ -299,6 +315,8 @@ class DreamBoothRun:
         for model in self.components.values():
             model.eval()
         header = {name: getattr(config, name) for name in SHOWN_SETTINGS} | {
+            "cache_latents": config.caches_latents,
+            "pre_compute_text_embeddings": config.caches_text_embeddings,
             "steps": self.total_steps,
             "processes": self.accelerator.num_processes,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},

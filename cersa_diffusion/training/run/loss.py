@@ -1,4 +1,7 @@
-"""The denoising loss of DreamBooth; its random numbers depend only on the seed and the number of the sample."""
+"""The denoising loss of DreamBooth; its random numbers depend only on the seed and the number of the sample.
+
+Tensors go to the device without waiting: a copy that waits would end all overlap of the host's work with the device's.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -81,7 +84,7 @@ class DreamBoothLoss:
         if self.config.noise_offset:
             # Drawn last, so that the offset does not change noise and timesteps.
             noise = noise + self.config.noise_offset * _normal_samples((latents.shape[1], 1, 1), generators)
-        return noise.to(latents), timesteps.to(latents.device)
+        return noise.to(latents, non_blocking=True), timesteps.to(latents.device, non_blocking=True)
 
     @torch.no_grad()
     def _latents(self, batch: dict, generators: list[torch.Generator]) -> Tensor:
@@ -89,8 +92,9 @@ class DreamBoothLoss:
         if "pixels" in batch:
             mean, std = self.family.posterior(vae, batch["pixels"].to(self.device, vae.dtype))
         else:
-            mean, std = batch["latent_mean"].to(self.device), batch["latent_std"].to(self.device)
-        return self.family.normalise(vae, mean + std * _normal_samples(mean.shape[1:], generators).to(mean))
+            mean, std = (batch[name].to(self.device, non_blocking=True) for name in ("latent_mean", "latent_std"))
+        noise = _normal_samples(mean.shape[1:], generators).to(mean, non_blocking=True)
+        return self.family.normalise(vae, mean + std * noise)
 
     def _conditions(self, prompts: Sequence[str], models: Mapping[str, nn.Module]) -> Conditions:
         """The conditions of a batch: each prompt is encoded once, and its pictures share the encoding and its gradients."""
@@ -101,7 +105,8 @@ class DreamBoothLoss:
                 encoded = dict(zip(unique, self.family.encode(self.base, unique, models), strict=True))
         else:
             encoded = {
-                prompt: {name: tensor.to(self.device) for name, tensor in self.embeddings[prompt].items()} for prompt in unique
+                prompt: {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.embeddings[prompt].items()}
+                for prompt in unique
             }
         # Rows are stacked, not indexed, so that the gradients of a prompt with several pictures are added in the same order in
         # every run.

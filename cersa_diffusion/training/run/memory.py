@@ -119,7 +119,7 @@ def planned_training(
 
 def _conditions(config: DreamBoothConfig, components: Mapping[str, nn.Module], dtype: torch.dtype) -> Conditions:
     pictures = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    cached = {"latents_cached": config.cache_latents, "prompts_cached": config.pre_compute_text_embeddings}
+    cached = {"latents_cached": config.caches_latents, "prompts_cached": config.caches_text_embeddings}
     return Conditions(pictures, config.resolution, dtype, tuple(components), **cached)
 
 

@@ -1,9 +1,12 @@
-"""The optimizers of `--optimizer`, each from the library that maintains it."""
+"""The optimizers of `--optimizer` and the moving average, each from the library that maintains it."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
 
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.training.settings.config import DreamBoothConfig
@@ -44,3 +47,9 @@ def make_optimizer(config: DreamBoothConfig, groups: list[dict]) -> torch.optim.
     package = import_module(_PACKAGES[name][0])
     optimizer_class = package.optim.AdamW8bit if name == "adamw8bit" else package.Prodigy
     return optimizer_class(groups, **adam)
+
+
+def make_average(config: DreamBoothConfig, parameters: Sequence[nn.Parameter]) -> EMAModel:
+    """The moving average of the trained parameters."""
+    # As for AdamW: a few kernels for all parameters of a GPU, and the bits of earlier runs on a CPU.
+    return EMAModel(parameters, decay=config.ema_decay, foreach=parameters[0].device.type == "cuda")

@@ -43,7 +43,7 @@ class Preparation:
     Attributes:
         planned: the memory plan by method, on the main process.
         planned_preparing, planned_training: the planned peaks in bytes beside what the process held before; on the main process.
-        latents: the cached latents, if the settings ask for them.
+        latents: the cached latents, if the run caches them.
         loss: the loss of the run.
         truncation: what truncation costs before any training, if the method truncates; on the main process.
         description: lines for the user.
@@ -68,14 +68,18 @@ class Preparation:
         self.planned = self._planned_memory() if is_main else {}
         uses = next(iter(self.planned.values()), None)
         self.planned_preparing = planned_preparing(config, base, method, components, uses, self.device, self.dtype) if uses else 0
-        self.latents: LatentCache | None = self._cached_latents() if config.cache_latents else None
+        self.latents: LatentCache | None = self._cached_latents() if config.caches_latents else None
         self.loss = DreamBoothLoss(config, base, self.device, self._encoded_prompts())
         lines = self._change_models()
-        self.description = [caption_summary(instance, config), *lines]
+        self.description = [f"{caption_summary(instance, config)}; {self._encoded_when()}", *lines]
         self.planned_training = planned_training(config, base, components, self.device, self.dtype) if is_main else 0
         if is_main:
             self.description.append(memory_table(self.planned, config, self.dtype))
         self.seconds = time.perf_counter() - start
+
+    def _encoded_when(self) -> str:
+        latents, prompts = ("once" if cached else "at every step" for cached in (self.latents, self.loss.embeddings))
+        return f"encoded {latents}, their prompts {prompts}"
 
     def _planned_memory(self) -> dict:
         pictures = self.config.train_batch_size * (2 if self.config.with_prior_preservation else 1)
@@ -89,12 +93,13 @@ class Preparation:
         return latents
 
     def _encoded_prompts(self) -> dict | None:
-        """The cached embeddings of all prompts, if the settings ask for them."""
-        if not self.config.pre_compute_text_embeddings:
+        """The cached embeddings of all prompts, if the run caches them."""
+        if not self.config.caches_text_embeddings:
             return None
         text_encoders = [getattr(self.base, name) for name in self.config.family.text_encoders]
         for text_encoder in text_encoders:
-            text_encoder.to(self.device)
+            # In the dtype of the steps, so that an embedding is the same with the cache and without.
+            text_encoder.to(self.device, self.dtype)
         prompts = [example.prompt for example in (*self.instance, *self.classes)]
         embeddings = cache_text_embeddings(prompts, self.config, self.base, show_progress=self.accelerator.is_main_process)
         for text_encoder in text_encoders:
@@ -108,7 +113,7 @@ class Preparation:
         if self.latents is None:
             self.base.vae.to(self.device)
         encoders = (
-            {} if config.pre_compute_text_embeddings else {name: getattr(self.base, name) for name in config.family.text_encoders}
+            {} if config.caches_text_embeddings else {name: getattr(self.base, name) for name in config.family.text_encoders}
         )
         for name, text_encoder in encoders.items():
             if name not in self.components:

@@ -171,7 +171,7 @@ def _check_combinations(config: "DreamBoothConfig") -> None:
             "pre_compute_text_embeddings needs a frozen text encoder: add --no_train_text_encoder, or remove "
             "pre_compute_text_embeddings"
         )
-    if config.cache_to_disk and not (config.cache_latents or config.pre_compute_text_embeddings):
+    if config.cache_to_disk and not (config.caches_latents or config.caches_text_embeddings):
         raise ConfigError("cache_to_disk stores the output of cache_latents or pre_compute_text_embeddings: add one of them")
     if config.optimizer == "prodigy" and config.text_encoder_lr not in (None, config.learning_rate):
         raise ConfigError(

@@ -5,6 +5,8 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import ClassVar, Literal
 
+import torch
+
 from cersa_diffusion.config import listed_targets, option
 from cersa_diffusion.families.base import Family
 from cersa_diffusion.families.names import is_text_encoder
@@ -15,12 +17,19 @@ from cersa_diffusion.methods.settings import MethodSettings
 from cersa_diffusion.training.settings.checks import check_config, check_types
 
 DEFAULT_STEPS = 500
+# Processes that decode pictures while a GPU computes.
+GPU_WORKERS = 2
 RESOLUTION = "Pictures are resized to this number of pixels on the shorter side and cropped to a square."
 # Settings that may differ between a run and its continuation.
 FREE_ON_RESUME = {"resume_from_checkpoint", "output_dir", "num_train_epochs", "max_train_steps", "checkpointing_steps",
                   "checkpoints_total_limit", "validation_prompt", "num_validation_images", "validation_steps",
                   "validation_inference_steps", "report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id",
                   "dataloader_num_workers", "sample_batch_size", "cache_to_disk", "allow_tf32"}  # fmt: skip
+
+
+def automatic_flag(text: str):
+    """A field that is true, false, or None for the default that its help text explains; the option alone means true."""
+    return field(default=None, metadata={"help": text, "nargs": "?", "const": True})
 
 
 @dataclass
@@ -70,9 +79,13 @@ class DreamBoothConfig(MethodSettings):
         False, "Keep the aspect ratios of the pictures, at about resolution x resolution pixels, instead of a square crop."
     )
     bucket_step: int = option(64, "The sides of the buckets are multiples of this number of pixels.")
-    cache_latents: bool = option(False, "Encode every picture once, before training; each picture then has one random crop.")
-    pre_compute_text_embeddings: bool = option(
-        False, "Encode every prompt once, before training, and move the text encoder to the CPU; it must not be trained."
+    cache_latents: bool | None = automatic_flag(
+        "Encode every picture once, before training; each picture then has one crop. Default: true with center_crop and without "
+        "random_flip, where this changes nothing that the model sees."
+    )
+    pre_compute_text_embeddings: bool | None = automatic_flag(
+        "Encode every prompt once, before training, and move the text encoder to the CPU. Default: true if no text encoder is "
+        "trained."
     )
     cache_to_disk: bool = option(False, "Keep cached latents and text embeddings in the cache folder, for later runs.")
     center_crop: bool = option(False, "Crop the centre instead of a random square.")
@@ -120,7 +133,9 @@ class DreamBoothConfig(MethodSettings):
     )
     max_grad_norm: float = option(1.0, "Largest norm of the gradients; larger ones are clipped.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default: the precision given to `accelerate launch`.")
-    prior_generation_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision for drawing class pictures.")
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None, "Precision for drawing class pictures. Default: 16 bits on a GPU (bf16 where it computes in it), otherwise fp32."
+    )
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere and later GPUs: faster, less exact.")
     checkpointing_steps: int = option(500, "Steps between two checkpoints.")
     checkpoints_total_limit: int | None = option(None, "Keep only this number of checkpoints, the newest.")
@@ -138,7 +153,9 @@ class DreamBoothConfig(MethodSettings):
     push_to_hub: bool = option(False, "Upload the result, its card and the last pictures to the hub at the end.")
     hub_token: str | None = option(None, "Token for the upload. Default: the token of `hf auth login`.")
     hub_model_id: str | None = option(None, "Repository to upload to. Default: the name of output_dir.")
-    dataloader_num_workers: int = option(0, "Processes that load pictures.")
+    dataloader_num_workers: int | None = option(
+        None, f"Processes that load pictures. Default: {GPU_WORKERS} on a GPU if pictures are decoded between steps, otherwise 0."
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -163,6 +180,27 @@ class DreamBoothConfig(MethodSettings):
     def origin(self) -> Origin:
         """The base that is loaded before the training."""
         return Origin(self.pretrained_model_name_or_path, self.revision, self.variant)
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether every picture is encoded once, before training: `cache_latents`, or its default."""
+        if self.cache_latents is not None:
+            return self.cache_latents
+        return self.center_crop and not self.random_flip
+
+    @property
+    def caches_text_embeddings(self) -> bool:
+        """Whether every prompt is encoded once, before training: `pre_compute_text_embeddings`, or its default."""
+        if self.pre_compute_text_embeddings is not None:
+            return self.pre_compute_text_embeddings
+        return not self.train_text_encoder
+
+    def loader_workers(self, device: torch.device) -> int:
+        """Processes that load the pictures of a training on this device: `dataloader_num_workers`, or its default."""
+        if self.dataloader_num_workers is not None:
+            return self.dataloader_num_workers
+        # On a CPU they would take its cores from the steps; cached latents are there at once.
+        return GPU_WORKERS if device.type == "cuda" and not self.caches_latents else 0
 
     def total_steps(self, pictures: int, processes: int) -> int:
         """Optimizer steps of the whole training, for a number of pictures of the subject and of processes that train together."""

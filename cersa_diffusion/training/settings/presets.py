@@ -11,11 +11,10 @@ _TIGHT = {
     "optimizer": "adamw8bit",
     "cache_latents": True,
     "sample_batch_size": 1,
-    "prior_generation_precision": "fp16",
 }
 
 PRESETS: dict[str, dict] = {
     "8gb": _TIGHT | {"train_text_encoder": False, "pre_compute_text_embeddings": True},
     "12gb": _TIGHT,
-    "24gb": {"mixed_precision": "bf16", "train_batch_size": 4, "cache_latents": True, "prior_generation_precision": "bf16"},
+    "24gb": {"mixed_precision": "bf16", "train_batch_size": 4, "cache_latents": True},
 }
