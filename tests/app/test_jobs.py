@@ -182,7 +182,7 @@ def test_the_plan_follows_the_form(app):
                 "small": {"preset": "8gb"},
             }.items()
         }  # fmt: skip
-        with raises(ConfigError, "memory_budget", "1000 bytes", "rank 1"):
+        with raises(ConfigError, "memory_budget", "1000 bytes", "rank_multiple"):
             TrainForm("small", memory_budget="1kB").plan(pipe, base.source, LIMITS)
     assert len(set(plans.values())) == len(plans)
     assert all("together" in plan and "full" in plan for plan in plans.values())
