@@ -242,8 +242,9 @@ def test_pivots_are_chosen_once_and_with_the_decomposition(trained, tmp_path, mo
 
 
 def trained_with(network: nn.Module, path, **settings) -> nn.Module:
+    """Trained with exact ranks: rounded, those of different alphas would be equal in layers as small as these."""
     model = copy.deepcopy(network)
-    cersa.inject_cersa(model, CersaConfig(**settings), show_progress=False)
+    cersa.inject_cersa(model, CersaConfig(rank_multiple=1, **settings), show_progress=False)
     train(model)
     cersa.save_adapter(model, path, dtype=torch.float32)
     return model
