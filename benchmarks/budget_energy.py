@@ -72,7 +72,7 @@ def truncated(models: dict, ranks: dict[str, LayerRanks]) -> dict:
 
 def by_alpha(layers: list[TargetLayer], alpha: float) -> dict[str, LayerRanks]:
     """The ranks of the layers if all have the same alpha."""
-    return {layer.name: CersaConfig(alpha=alpha).layer_ranks(layer.spectrum) for layer in layers}
+    return {layer.name: CersaConfig(alpha=alpha, rank_multiple=1).layer_ranks(layer.spectrum) for layer in layers}
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     models = {component: getattr(pipeline, component) for component in STABLE_DIFFUSION.trained}
     targets = {
-        f"{component}.{name}": (linear, CersaConfig(memory_budget=1))
+        f"{component}.{name}": (linear, CersaConfig(memory_budget=1, rank_multiple=1))
         for component, model in models.items()
         for name, linear in match_targets(model, STABLE_DIFFUSION.trained[component]).items()
     }

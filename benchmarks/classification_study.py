@@ -28,6 +28,7 @@ from cersa_diffusion.errors import CersaError, NonFiniteError
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20
 LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+# The rows of CERSA have the ranks of the paper, which are not rounded.
 # Name -> settings, and index in `LADDER` of the lowest of the first three candidate learning rates.
 ROWS = {
     "full": ({"method": "full"}, 1),
@@ -36,8 +37,8 @@ ROWS = {
     "DoRA r=32": ({"method": "dora"}, 2),
     "SVFit": ({"method": "svfit"}, 4),
     "SVFT": ({"method": "svft"}, 3),
-    "CERSA .95": ({"method": "cersa", "alpha": 0.95}, 2),
-    "CERSA .9": ({"method": "cersa", "alpha": 0.9}, 2),
+    "CERSA .95": ({"method": "cersa", "alpha": 0.95, "rank_multiple": 1}, 2),
+    "CERSA .9": ({"method": "cersa", "alpha": 0.9, "rank_multiple": 1}, 2),
 }
 # The classifier starts from random weights, so it has its own learning rate.
 CLASSIFIER_RATE = 3e-3

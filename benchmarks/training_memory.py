@@ -25,8 +25,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from whole_model import MIB, forget_peak, used
 
-from cersa_diffusion import CersaLinear, trainable_parameters
-from cersa_diffusion.functional import Decomposition, energy_rank
+from cersa_diffusion import CersaConfig, CersaLinear, trainable_parameters
+from cersa_diffusion.functional import Decomposition
 from cersa_diffusion.layers.core import MatrixCore
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training import DreamBoothConfig
@@ -69,7 +69,7 @@ def replace_by_random_factors(layer: nn.Linear, alpha: float) -> CersaLinear:
     """A CERSA layer of the same shape, with the rank that alpha gives for the spectrum, and with random factors."""
     m, n = layer.weight.shape
     spectrum = decay_for(SHARE, min(m, n))
-    rank = energy_rank(spectrum, alpha)
+    rank = CersaConfig(alpha=alpha).kept_rank(spectrum)
     # With this scale the activations of 216 layers in a row neither explode nor vanish.
     factors = Decomposition(torch.randn(m, rank) / m**0.5, torch.ones(rank), torch.randn(rank, n) / n**0.5)
     factored = CersaLinear(factors, rank, layer.bias, layer.weight.dtype)

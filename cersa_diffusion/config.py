@@ -83,6 +83,16 @@ class SubspaceSettings:
     block: Literal["top", "bottom"] = option(
         "top", "With beta below alpha: train the leading components, or the same number of the last kept components (Table 3)."
     )
+    rank_multiple: int = option(
+        8,
+        "Round kept and trained ranks that follow from alpha, beta or a memory budget up to multiples of this: GPUs multiply "
+        "16-bit matrices fastest in multiples of 8. 1 gives the ranks of the paper.",
+    )
+    uniform_blocks: bool = option(
+        False,
+        "Give equal layers of a model's repeated blocks the largest rank among them, so that compile_repeated_blocks compiles "
+        "equal blocks only once.",
+    )
     unprofitable: Literal["factor", "skip"] = option(
         "factor", "Layers whose factors and core hold more numbers than their dense weight: factor them too, or leave them dense."
     )
@@ -123,6 +133,8 @@ class CersaConfig(SubspaceSettings):
             raise ConfigError(f"beta is {self.beta}, expected a share in (0, alpha = {largest_beta}]: lower beta or raise alpha")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank is {self.rank}, expected at least 1, or None so that alpha decides")
+        if self.rank_multiple < 1:
+            raise ConfigError(f"rank_multiple is {self.rank_multiple}, expected at least 1; 1 does not round")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}")
@@ -168,24 +180,36 @@ class CersaConfig(SubspaceSettings):
         if self.alpha != CersaConfig.alpha:
             warnings.warn("alpha is ignored: memory_budget decides how much is kept", stacklevel=4)
 
+    @property
+    def needs_all_layers(self) -> bool:
+        """Whether the ranks of a layer also depend on other layers, so that the spectra of all of them come first."""
+        return self.memory_budget is not None or (self.uniform_blocks and self.rank is None)
+
+    def rounded_rank(self, rank: int, full_rank: int) -> int:
+        """A rank rounded up to a multiple of `rank_multiple`, but at most `full_rank`."""
+        return min(math.ceil(rank / self.rank_multiple) * self.rank_multiple, full_rank)
+
     def kept_rank(self, singular_values: Tensor) -> int:
-        """The number k of kept components for a spectrum (p,), descending (Eq. 2).
+        """The number k of kept components for a spectrum (p,), descending (Eq. 2, rounded up).
 
         Raises:
             ConfigError: a memory budget is set, which cannot be applied to one layer alone (see `choose_ranks`).
         """
         if self.memory_budget is not None:
             raise ConfigError(f"memory_budget = {self.memory_budget} applies to all layers together: use choose_ranks")
-        return energy_rank(singular_values, self.alpha) if self.rank is None else min(self.rank, len(singular_values))
+        full_rank = len(singular_values)
+        if self.rank is not None:
+            return min(self.rank, full_rank)
+        return self.rounded_rank(energy_rank(singular_values, self.alpha), full_rank)
 
     def core_rank(self, singular_values: Tensor, kept_rank: int) -> int:
-        """The number r of trained components among the k kept ones, for a spectrum (p,), descending (Eq. 2)."""
+        """The number r of trained components among the k kept ones, for a spectrum (p,), descending (Eq. 2, rounded up)."""
         if self.beta is None or self.rank is not None:
             return kept_rank
-        return min(kept_rank, energy_rank(singular_values, self.beta))
+        return self.rounded_rank(energy_rank(singular_values, self.beta), kept_rank)
 
     def layer_ranks(self, singular_values: Tensor) -> LayerRanks:
-        """k and r for a spectrum (p,), descending; raises as `kept_rank`."""
+        """k and r for a spectrum (p,), descending, of a layer that shares them with no other; raises as `kept_rank`."""
         kept = self.kept_rank(singular_values)
         return LayerRanks(kept, self.core_rank(singular_values, kept))
 
@@ -195,11 +219,14 @@ class CersaConfig(SubspaceSettings):
 
     @classmethod
     def from_dict(cls, values: dict) -> "CersaConfig":
-        """The inverse of `to_dict`; raises ConfigError for a setting that this version does not know."""
+        """The inverse of `to_dict`; raises ConfigError for a setting that this version does not know.
+
+        Settings without `rank_multiple`, as the headers of files from before it have them, mean ranks that are not rounded.
+        """
         unknown = set(values) - {setting.name for setting in fields(cls)}
         if unknown:
             raise ConfigError(f"unknown CERSA settings {sorted(unknown)}: was this written by a newer version?")
-        return cls(**values)
+        return cls(**{"rank_multiple": 1} | values)
 
 
 _CHOICES = {setting.name: get_args(setting.type) for setting in fields(CersaConfig) if get_origin(setting.type) is Literal}
@@ -212,7 +239,7 @@ def svfit_config(rank: int = 768, **settings) -> CersaConfig:
         rank: number of trained singular values; a layer that has fewer trains all. The CERSA paper compares with 768.
         settings: further settings of `CersaConfig` (target_modules, exclude_modules).
     """
-    return CersaConfig(rank=rank, core="diagonal", residual="keep", **settings)
+    return CersaConfig(rank=rank, rank_multiple=1, core="diagonal", residual="keep", **settings)
 
 
 def svft_config(pattern: Literal["banded", "random", "top_k"] = "banded", off_diagonals: int = 0, **settings) -> CersaConfig:
@@ -223,4 +250,4 @@ def svft_config(pattern: Literal["banded", "random", "top_k"] = "banded", off_di
         off_diagonals: their number on each side of the diagonal; the other patterns train as many entries as the banded one.
         settings: further settings of `CersaConfig` (target_modules, exclude_modules).
     """
-    return CersaConfig(alpha=1.0, core="sparse", sparse_pattern=pattern, off_diagonals=off_diagonals, **settings)
+    return CersaConfig(alpha=1.0, rank_multiple=1, core="sparse", sparse_pattern=pattern, off_diagonals=off_diagonals, **settings)

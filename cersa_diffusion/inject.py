@@ -86,9 +86,9 @@ class InjectionReport:
 def _known_ranks(
     model: nn.Module, targets: dict[str, nn.Module], config: CersaConfig, ranks: RanksByLayer | None, show_progress: bool
 ) -> RanksByLayer | None:
-    """The ranks that are known before the injection: the caller's, or those for the memory budget; None if alpha decides."""
+    """The ranks that are known before the injection: the caller's, or those that need all layers; else None."""
     if ranks is None:
-        if config.memory_budget is None:
+        if not config.needs_all_layers:
             return None
         candidates = {f"model.{name}": (linear, config) for name, linear in targets.items()}
         selected = select_ranks({"model": model}, candidates, show_progress=show_progress)
@@ -120,8 +120,8 @@ def inject_cersa(
 
     Layer by layer: the dense weight is dropped when its CERSA layer is in place, so that a model takes hardly more memory while
     it is prepared than before or after. All or nothing: if anything fails, the dense layers are put back, from the checkpoint
-    where that holds them. The on-disk cache keeps the decompositions for the next injection or load (see
-    `cersa_diffusion.weights.cache`).
+    where that holds them. The on-disk cache keeps the decompositions for the next injection or load, and for this one where all
+    layers are decomposed before the first is replaced: with a memory budget or `uniform_blocks`.
 
     Args:
         model: any torch model; changed in place.
@@ -136,7 +136,7 @@ def inject_cersa(
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
-        ConfigError: no layer matches, a target cannot be decomposed, or the budget is too small.
+        ConfigError: no layer matches, a target cannot be decomposed, the budget is too small, or no repeated blocks are known.
         NonFiniteError: a weight holds NaN or infinity.
     """
     start = time.perf_counter()

@@ -93,3 +93,27 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
             f"{' or '.join(CHECKPOINTING_METHODS)}: train without gradient_checkpointing"
         )
     getattr(model, method)()
+
+
+# The attributes of a model with the class names of its repeated blocks: that of diffusers, which `compile_repeated_blocks` reads
+# and which is empty for some models, and that of transformers, which diffusers' models have for placement on several devices.
+REPEATED_BLOCKS = ("_repeated_blocks", "_no_split_modules")
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, str]:
+    """Module name -> class name of the repeated blocks of a model of diffusers or transformers.
+
+    Raises:
+        ConfigError: the model names no classes of repeated blocks, or has no module of these classes.
+    """
+    class_names = next(filter(None, (getattr(model, attribute, None) for attribute in REPEATED_BLOCKS)), ())
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    blocks = {name: class_name for name, class_name in classes.items() if class_name in class_names}
+    if not blocks:
+        found = f"names {sorted(class_names)} and has none of them" if class_names else "names none"
+        raise ConfigError(
+            "uniform_blocks needs the repeated blocks of the model, expected their class names in its "
+            f"{' or '.join(REPEATED_BLOCKS)}: a {type(model).__name__} {found}. Set "
+            "model._repeated_blocks = ['NameOfTheBlockClass'], or uniform_blocks=False"
+        )
+    return blocks

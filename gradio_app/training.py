@@ -42,6 +42,8 @@ class TrainForm:
         preset: a key of `PRESETS`, or `NO_PRESET`.
         alpha, beta: shares of energy, for CERSA; with beta at or above alpha, the whole kept subspace is trained.
         memory_budget: such as "600MB"; replaces alpha and beta; may be empty.
+        rank_multiple: the ranks of CERSA are rounded up to multiples of it.
+        uniform_blocks: one rank for equal layers of repeated blocks, for CERSA.
         rank: rank of LoRA, PiSSA and DoRA.
         instance_prompt: prompt that names the subject.
         class_prompt: prompt that names its class, for prior preservation; may be empty.
@@ -55,6 +57,8 @@ class TrainForm:
     alpha: float = 0.95
     beta: float = 0.95
     memory_budget: str = ""
+    rank_multiple: int = 8
+    uniform_blocks: bool = False
     rank: int = 32
     instance_prompt: str = "a 3d emoji of a sks robot"
     class_prompt: str = ""
@@ -133,6 +137,7 @@ class TrainForm:
         if self.method in RANKED:
             settings["rank"] = int(self.rank)
         if self.method == "cersa":
+            settings |= {"rank_multiple": int(self.rank_multiple), "uniform_blocks": bool(self.uniform_blocks)}
             if self.memory_budget.strip():
                 settings["memory_budget"] = self.memory_budget.strip()
             else:

@@ -36,6 +36,8 @@ SUBJECTS = REPOSITORY / "assets" / "subjects"
 LEARNING_RATES = {"cersa": 1e-3, "lora": 1e-3, "full": 3e-4}
 TITLES = {"cersa": "CERSA", "lora": "LoRA", "full": "full\nfine-tuning"}
 ALPHA, RANK = 0.95, 32
+# CERSA has the ranks of the paper, which are not rounded.
+RANK_MULTIPLE = 1
 SEEDS = range(4)
 # A file in the folder of every demo; only a folder with this file may be emptied.
 MARKER = ".cersa-demo"
@@ -93,6 +95,8 @@ def train(method: str, subject: dict, output: Path, steps: int) -> None:
         "--lr_scheduler", "cosine", "--alpha", str(ALPHA), "--rank", str(RANK),
         "--output_dir", str(output / method),
     ]  # fmt: skip
+    if method == "cersa":
+        command += ["--rank_multiple", str(RANK_MULTIPLE)]
     subprocess.run(command, check=True)
 
 
@@ -113,7 +117,8 @@ def truncated_base() -> StableDiffusionPipeline:
     """The base truncated to its principal subspaces and not trained, as at the start of CERSA."""
     pipeline = load_base(str(BASE))
     for name, targets in STABLE_DIFFUSION.trained.items():
-        inject_cersa(getattr(pipeline, name), CersaConfig(alpha=ALPHA, target_modules=targets), show_progress=False)
+        config = CersaConfig(alpha=ALPHA, rank_multiple=RANK_MULTIPLE, target_modules=targets)
+        inject_cersa(getattr(pipeline, name), config, show_progress=False)
     return pipeline
 
 

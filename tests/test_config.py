@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cersa_diffusion import CersaConfig, ConfigError
-from cersa_diffusion.config import parse_bytes
+from cersa_diffusion.config import parse_bytes, svfit_config, svft_config
+from cersa_diffusion.functional import energy_rank
 
 from .conftest import raises, warns
 
@@ -22,8 +25,8 @@ def test_beta_must_be_at_most_alpha(beta):
 
 
 def test_dictionary_round_trip_and_unknown_settings():
-    config = CersaConfig(alpha=0.9, beta=0.5, target_modules=["to_q"])
-    assert CersaConfig.from_dict(config.to_dict()) == config
+    for config in (CersaConfig(alpha=0.9, beta=0.5, target_modules=["to_q"]), CersaConfig(rank_multiple=16, uniform_blocks=True)):
+        assert CersaConfig.from_dict(config.to_dict()) == config
     with raises(ConfigError, "gamma"):
         CersaConfig.from_dict({"gamma": 1})
 
@@ -32,6 +35,7 @@ def test_dictionary_round_trip_and_unknown_settings():
     ("settings", "names"),
     [
         ({"rank": 0}, "rank 0"),
+        ({"rank_multiple": 0}, "rank_multiple 0"),
         ({"core": "tensor"}, "core tensor matrix diagonal sparse"),
         ({"residual": "maybe"}, "residual"),
         ({"unprofitable": "x"}, "unprofitable"),
@@ -85,3 +89,37 @@ def test_a_budget_decides_instead_of_alpha():
         CersaConfig(memory_budget=1000, alpha=0.5)
     with raises(ConfigError, "choose_ranks"):
         CersaConfig(memory_budget=1000).kept_rank(torch.ones(3))
+
+
+@st.composite
+def spectra(draw) -> torch.Tensor:
+    values = draw(st.lists(st.sampled_from([0.0, 1.0]) | st.floats(1e-3, 1e3), min_size=1, max_size=40))
+    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+
+
+@given(spectra(), st.floats(0.05, 1), st.floats(0.05, 1), st.integers(1, 17))
+def test_ranks_are_the_smallest_multiples_that_hold_the_shares(spectrum, alpha, part, multiple):
+    exact = CersaConfig(alpha=alpha, beta=alpha * part, rank_multiple=1).layer_ranks(spectrum)
+    rounded = CersaConfig(alpha=alpha, beta=alpha * part, rank_multiple=multiple).layer_ranks(spectrum)
+    assert 1 <= rounded.core <= rounded.kept <= len(spectrum)
+    for least, rank in zip(exact, rounded, strict=True):
+        assert least <= rank < least + multiple
+        assert rank % multiple == 0 or rank == len(spectrum)
+
+
+@given(spectra(), st.integers(1, 50))
+def test_a_rank_of_the_caller_is_not_rounded(spectrum, rank):
+    own = min(rank, len(spectrum))
+    for config in (CersaConfig(rank=rank), svfit_config(rank)):
+        assert config.layer_ranks(spectrum) == (own, own)
+
+
+@given(spectra())
+def test_svft_keeps_exactly_what_has_energy(spectrum):
+    assert svft_config().layer_ranks(spectrum) == (energy_rank(spectrum, 1.0),) * 2
+
+
+def test_settings_from_before_rounding_mean_exact_ranks():
+    old = CersaConfig(alpha=0.9).to_dict()
+    del old["rank_multiple"], old["uniform_blocks"]
+    assert CersaConfig.from_dict(old) == CersaConfig(alpha=0.9, rank_multiple=1)

@@ -29,7 +29,7 @@ def test_only_cores_train_and_frozen_factors_do_not_move(network):
 
 
 def test_report_counts_what_is_there(network):
-    report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, beta=0.6), show_progress=False)
+    report = cersa.inject_cersa(network, CersaConfig(alpha=0.9, beta=0.6, rank_multiple=2), show_progress=False)
     layers = [module for module in network.modules() if isinstance(module, CersaLinear)]
     assert [row.kept_rank for row in report.layers] == [layer.kept_rank for layer in layers]
     assert report.trainable_parameters == sum(p.numel() for p in cersa.trainable_parameters(network))
@@ -89,7 +89,7 @@ def test_zero_and_rank_deficient_weights(network):
     network[0].weight.data.zero_()
     network[2].weight.data[:, 1:] = 0
     expected = network(randn(4, 48, generator=torch.Generator().manual_seed(0)))
-    report = cersa.inject_cersa(network, CersaConfig(alpha=1.0), show_progress=False)
+    report = cersa.inject_cersa(network, CersaConfig(alpha=1.0, rank_multiple=1), show_progress=False)
     assert [row.kept_rank for row in report.layers][:2] == [1, 1]
     actual = network(randn(4, 48, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -131,7 +131,7 @@ def test_attention_that_reads_its_own_weight_is_left_alone():
         ({"rank": 5}, 5, 25, 0),
         ({"rank": 1000}, 24, 576, 0),
         ({"rank": 5, "core": "diagonal", "residual": "keep"}, 5, 5, 0),
-        ({"alpha": 0.95, "beta": 0.5, "block": "bottom"}, None, None, None),
+        ({"alpha": 0.95, "beta": 0.5, "rank_multiple": 2, "block": "bottom"}, None, None, None),
     ],
 )
 def test_settings_of_ranks_and_cores(network, settings, kept, trained, offset):

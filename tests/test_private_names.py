@@ -41,6 +41,15 @@ def test_models_name_the_modules_that_stay_in_float32(library, class_name):
     assert hasattr(model_class, "_keep_in_fp32_modules"), took_away(library, f"{class_name}._keep_in_fp32_modules")
 
 
+def test_models_name_their_repeated_blocks():
+    small = pipeline("sd1")
+    classes = {type(module).__name__ for module in small.unet.modules()}
+    assert classes & set(small.unet._repeated_blocks), took_away("diffusers", "UNet2DConditionModel._repeated_blocks")
+    assert "CLIPEncoderLayer" in small.text_encoder._no_split_modules, took_away(
+        "transformers", "CLIPTextModel._no_split_modules"
+    )
+
+
 def test_configs_name_where_a_model_came_from(base_path):
     from diffusers import DiffusionPipeline
 

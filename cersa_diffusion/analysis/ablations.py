@@ -55,6 +55,8 @@ _ROWS = {
     6: {"matrix": {"alpha": 0.9}, "array": {"alpha": 0.9, "core": "diagonal"}},
 }
 TABLES = tuple(_ROWS)
+# The paper does not round its ranks.
+_PAPER_RANKS = {"rank_multiple": 1}
 
 
 def variants(settings: ClassifierSettings, tables: Sequence[int] = TABLES) -> list[Variant]:
@@ -74,13 +76,14 @@ def variants(settings: ClassifierSettings, tables: Sequence[int] = TABLES) -> li
     if 5 in rows:
         rank = _uniform_rank(settings)
         rows[5][f"uniform, r = {rank}"] = {"uniform_rank": rank}
-    return [Variant(table, title, changes) for table, of_table in rows.items() for title, changes in of_table.items()]
+    titled = [(table, title, changes) for table, of_table in rows.items() for title, changes in of_table.items()]
+    return [Variant(table, title, {**_PAPER_RANKS, **changes}) for table, title, changes in titled]
 
 
 def _uniform_rank(settings: ClassifierSettings) -> int:
     components = open_dense(settings.model_name_or_path, settings.revision)
     targets = targets_by_component(components, settings.target_modules, "QKV")["model"]
-    return uniform_rank(plan_memory(components, CersaConfig(alpha=0.9, target_modules=targets)))
+    return uniform_rank(plan_memory(components, CersaConfig(alpha=0.9, target_modules=targets, **_PAPER_RANKS)))
 
 
 def uniform_rank(plan: MemoryPlan) -> int:

@@ -76,7 +76,8 @@ def memory_rows(
     # SVFT is first because it keeps all components: the other methods then find the decompositions in the cache.
     configs = {f"SVFT d={settings.off_diagonals}": svft_config("banded", settings.off_diagonals)}
     configs[f"SVFit r={settings.svfit_rank}"] = svfit_config(settings.svfit_rank)
-    configs |= {f"CERSA alpha={alpha:g}": CersaConfig(alpha=alpha) for alpha in settings.alphas}
+    # The paper does not round its ranks.
+    configs |= {f"CERSA alpha={alpha:g}": CersaConfig(alpha=alpha, rank_multiple=1) for alpha in settings.alphas}
     for title, config in configs.items():
         plan = plan_memory(
             components,

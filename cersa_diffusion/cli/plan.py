@@ -14,6 +14,9 @@ from cersa_diffusion.pipelines.peaks import planned_peaks
 from cersa_diffusion.pipelines.tokens import pipeline_tokens
 from cersa_diffusion.text import mib, table
 
+# Options that are settings of `CersaConfig`.
+_SETTINGS = ("alpha", "beta", "memory_budget", "rank_multiple", "uniform_blocks")
+
 
 def _plan(arguments: argparse.Namespace) -> None:
     # Imported here: diffusers is slow to import, and other commands do not need it.
@@ -22,7 +25,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     pipeline = load_base(arguments.model)
     family = family_of(type(pipeline).__name__)
-    options = {"alpha": arguments.alpha, "beta": arguments.beta, "memory_budget": arguments.memory_budget}
+    options = {name: getattr(arguments, name) for name in _SETTINGS}
     configs = {component: CersaConfig(target_modules=targets, **options) for component, targets in family.trained.items()}
     tokens, batch = None, 1 if arguments.batch is None else arguments.batch
     if arguments.batch is not None or arguments.resolution is not None:
@@ -66,6 +69,8 @@ def add_plan(commands) -> None:
     plan.add_argument("--alpha", type=float, default=CersaConfig.alpha, help=help_texts["alpha"])
     plan.add_argument("--beta", type=float, help=help_texts["beta"])
     plan.add_argument("--memory_budget", metavar="SIZE", help=help_texts["memory_budget"])
+    plan.add_argument("--rank_multiple", type=int, default=CersaConfig.rank_multiple, help=help_texts["rank_multiple"])
+    plan.add_argument("--uniform_blocks", action="store_true", help=help_texts["uniform_blocks"])
     plan.add_argument("--rank", type=int, default=32, help="rank of LoRA")
     plan.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="optimizer whose state is counted")
     plan.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="compute dtype of training")

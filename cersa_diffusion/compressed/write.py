@@ -5,8 +5,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ from cersa_diffusion.compressed.folder import (
     write_description,
 )
 from cersa_diffusion.compressed.tensors import TensorFileWriter, read_tensor, tensor_places
-from cersa_diffusion.config import CersaConfig
+from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError, NonFiniteError
 from cersa_diffusion.families.names import DENOISERS
 from cersa_diffusion.files import flush, flush_tree
 from cersa_diffusion.functional import kept_energy
+from cersa_diffusion.layers.blocks import Group, block_groups, share_ranks
 from cersa_diffusion.layers.model import DECOMPOSABLE, check_untied, match_targets
 from cersa_diffusion.memory.cost import is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
@@ -78,11 +80,19 @@ class _Component:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The files of all tensors of a component, and the weights to decompose: layer name in the checkpoint -> shape."""
+    """The files of all tensors of a component, and the weights to decompose: layer name in the checkpoint -> shape.
+
+    `groups`: layer name in the checkpoint -> group of layers that share their ranks, with `uniform_blocks`.
+    """
 
     component: _Component
     files: dict[str, Path]
     targets: dict[str, tuple[int, int]]
+    groups: dict[str, Group]
+
+    def label(self, name: str) -> str:
+        """The name of a layer in messages and in the report."""
+        return f"{self.component.name}.{name}" if self.component.name else name
 
 
 def compress(
@@ -126,16 +136,15 @@ def compress(
     source = local_folder(model, revision, pipeline_options={"variant": variant, "use_safetensors": True})
     plans = [_plan(component, variant) for component in _components(source, _settings(alpha, config))]
     origin = {"name_or_path": str(model), "revision": revision, "variant": variant}
-    layers, skipped = {}, []
+    layers, skipped, solver = {}, [], None if device is None else torch.device(device)
     with _replaced_when_complete(output_dir) as folder:
         _copy_rest(source, folder, {plan.component.folder for plan in plans})
         for plan in plans:
             target = folder / plan.component.folder.relative_to(source)
-            factored = _write_model(plan, target, dtype, device, show_progress)
+            factored = _write_model(plan, target, dtype, solver, show_progress)
             write_description(target, factored, plan.component.config.to_dict(), origin)
-            prefix = f"{plan.component.name}." if plan.component.name else ""
-            layers |= {prefix + name: layer.k for name, layer in factored.items()}
-            skipped += [prefix + name for name in plan.targets if name not in factored]
+            layers |= {plan.label(name): layer.k for name, layer in factored.items()}
+            skipped += [plan.label(name) for name in plan.targets if name not in factored]
         stored = sum((folder / plan.component.folder.relative_to(source) / WEIGHTS_NAME).stat().st_size for plan in plans)
     dense = sum(path.stat().st_size for plan in plans for path in set(plan.files.values()))
     return CompressionReport(layers, skipped, dense, stored, time.perf_counter() - start)
@@ -180,37 +189,59 @@ def _plan(component: _Component, variant: str | None) -> _Plan:
     model = skeleton(component.folder, component.library, component.class_name)
     layers = match_targets(model, component.config.target_modules, component.config.exclude_modules)
     check_untied(model, layers)
-    targets = {}
-    for name, linear in layers.items():
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
+    group_of = block_groups(model, shapes) if component.config.needs_all_layers else {}
+    targets, groups = {}, {}
+    for name, shape in shapes.items():
         key = stored_name(f"{name}.weight", model, files)
         if key is None:
             raise ConfigError(f"{component.folder}: the checkpoint has no weight of layer {name}: add it to exclude_modules")
-        targets[key.removesuffix(".weight")] = (linear.out_features, linear.in_features)
-    return _Plan(component, files, targets)
+        targets[key.removesuffix(".weight")] = shape
+        if group_of:
+            groups[key.removesuffix(".weight")] = group_of[name]
+    return _Plan(component, files, targets, groups)
+
+
+def _jobs(plan: _Plan, choose_rank: Callable[[str, Tensor], int], **options) -> list[LayerJob]:
+    """The jobs for the weights of a component; `choose_rank` takes the name of a layer in the checkpoint and its spectrum."""
+
+    def job(name: str, shape: tuple[int, int]) -> LayerJob:
+        path = plan.files[f"{name}.weight"]
+        load = partial(_read_weight, path, name, shape)
+        return LayerJob(plan.label(name), shape, lambda: FinestWeight(load()), partial(choose_rank, name), **options)
+
+    return [job(*target) for target in plan.targets.items()]
+
+
+def _shared_ranks(plan: _Plan, device: torch.device | None, show_progress: bool) -> dict[str, LayerRanks]:
+    """Layer name in the checkpoint -> ranks, where layers share them; the cache keeps the factors."""
+    jobs = _jobs(plan, lambda name, s: len(s), build=lambda weight, factors: factors.s)
+    with decompose_layers(jobs, device=device, show_progress=show_progress) as spectra:
+        own = {name: plan.component.config.layer_ranks(s) for name, (_, s) in zip(plan.targets, spectra, strict=True)}
+    return share_ranks(own, plan.groups)
 
 
 def _write_model(
-    plan: _Plan, folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, show_progress: bool
+    plan: _Plan, folder: Path, dtype: torch.dtype | None, device: torch.device | None, show_progress: bool
 ) -> dict[str, FactoredLayer]:
     """Writes the weights of a component; returns the entries of the factored layers for the description."""
+    shared = _shared_ranks(plan, device, show_progress) if plan.groups else {}
     writer, config, factored = TensorFileWriter(folder / WEIGHTS_NAME), plan.component.config, {}
 
     def converted(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
-    def job(name: str, shape: tuple[int, int]) -> LayerJob:
-        label = f"{plan.component.name}.{name}" if plan.component.name else name
-        path = plan.files[f"{name}.weight"]
-        return LayerJob(label, shape, lambda: FinestWeight(_read_weight(path, name, shape)), config.kept_rank)
+    def ranks_of(name: str, singular_values: Tensor) -> LayerRanks:
+        return shared.get(name) or config.layer_ranks(singular_values)
 
     with contextlib.closing(writer):
         for name, path in plan.files.items():
             if name.removesuffix(".weight") not in plan.targets or not name.endswith(".weight"):
                 writer.add(name, converted(read_tensor(path, name)))
-        jobs, solver = [job(*target) for target in plan.targets.items()], None if device is None else torch.device(device)
-        with decompose_layers(jobs, device=solver, show_progress=show_progress) as decomposed:
+        jobs = _jobs(plan, lambda name, s: ranks_of(name, s).kept)
+        with decompose_layers(jobs, device=device, show_progress=show_progress) as decomposed:
             for (name, shape), (_, factors) in zip(plan.targets.items(), decomposed, strict=True):
-                path, ranks = plan.files[f"{name}.weight"], config.layer_ranks(factors.s)
+                path, ranks = plan.files[f"{name}.weight"], ranks_of(name, factors.s)
                 weight = read_tensor(path, f"{name}.weight")
                 if config.unprofitable == "skip" and not is_profitable(*shape, ranks, config):
                     writer.add(f"{name}.weight", converted(weight))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
+from cersa_diffusion.layers.blocks import Group, block_groups, share_ranks
 from cersa_diffusion.layers.kinds import matrix_of
 from cersa_diffusion.layers.model import finest_matrix
 from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, LayerInput, cersa_memory, is_profitable
@@ -32,17 +33,24 @@ class TargetLayer:
         dense: its shape, dtype and input.
         config: the settings of its component.
         spectrum: (p,) singular values, float64, descending.
+        block_group: equal for layers that share their ranks (see `block_groups`); None: the layer is alone.
     """
 
     name: str
     dense: DenseLayer
     config: CersaConfig
     spectrum: Tensor
+    block_group: Group = None
 
     @property
     def full_rank(self) -> int:
         """p, the smaller side of the weight."""
         return len(self.spectrum)
+
+    @property
+    def group(self) -> Group:
+        """Equal for layers that share their ranks."""
+        return self.name if self.block_group is None else self.block_group
 
 
 def survey(
@@ -63,22 +71,40 @@ def survey(
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
-        ConfigError: a target layer has no entry in `tokens`.
+        ConfigError: a target layer has no entry in `tokens`, or a model with `uniform_blocks` does not name its blocks.
     """
+    groups = _groups_by_name(components, targets)
     checkpoints = {component: Checkpoint.of(model) for component, model in components.items()}
 
     def job(name: str, linear: nn.Module, config: CersaConfig) -> LayerJob:
         component, _, layer = name.partition(".")
         # The injection also decomposes the weight on disk where that is more exact.
         load = partial(finest_matrix, components[component], layer, checkpoints[component])
-        # A budget may choose any rank, so the cache keeps all singular vectors.
-        choose_rank = config.kept_rank if config.memory_budget is None else len
+        # A budget or another layer of the group may choose any rank, so the cache keeps all singular vectors.
+        choose_rank = len if config.needs_all_layers else config.kept_rank
         return LayerJob(name, tuple(matrix_of(linear).shape), load, choose_rank, lambda weight, factors: factors.s)
 
     dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
     jobs = [job(name, *target) for name, target in targets.items()]
     with decompose_layers(jobs, show_progress=show_progress) as spectra:
-        return [TargetLayer(name, dense[name], targets[name][1], spectrum) for name, spectrum in spectra]
+        return [TargetLayer(name, dense[name], targets[name][1], spectrum, groups[name]) for name, spectrum in spectra]
+
+
+def _groups_by_name(
+    components: Mapping[str, nn.Module], targets: Mapping[str, tuple[nn.Module, CersaConfig]]
+) -> dict[str, Group]:
+    """ "component.layer name" -> the layer's group, which lies within one component; None without `uniform_blocks`."""
+    groups: dict[str, Group] = dict.fromkeys(targets)
+    for component, model in components.items():
+        prefix = f"{component}."
+        shapes = {
+            name.removeprefix(prefix): tuple(matrix_of(linear).shape)
+            for name, (linear, config) in targets.items()
+            if name.startswith(prefix) and config.uniform_blocks
+        }
+        if shapes:
+            groups |= {f"{prefix}{name}": (component, group) for name, group in block_groups(model, shapes).items()}
+    return groups
 
 
 def dense_layers(
@@ -174,17 +200,23 @@ def select_ranks(
     budget = _shared_budget(targets)
     layers = survey(components, targets, weight_dtype=weight_dtype, tokens=tokens, show_progress=show_progress)
     if budget is None:
-        return [(layer, _ranks_from_settings(layer)) for layer in layers]
+        return _ranks_from_settings(layers)
     linears = [linear for linear, _ in targets.values()]
     untouched = untouched_bytes(components, linears, weight_dtype, trained=also_trained, optimizer=optimizer)
     ranks = allocate(layers, untouched, budget, optimizer=optimizer)
     return [(layer, ranks[layer.name]) for layer in layers]
 
 
-def _ranks_from_settings(layer: TargetLayer) -> LayerRanks | None:
-    config, ranks = layer.config, layer.config.layer_ranks(layer.spectrum)
-    profitable = is_profitable(layer.dense.out_features, layer.dense.in_features, ranks, config)
-    return ranks if profitable or config.unprofitable == "factor" else None
+def _ranks_from_settings(layers: Sequence[TargetLayer]) -> list[tuple[TargetLayer, LayerRanks | None]]:
+    own = {layer.name: layer.config.layer_ranks(layer.spectrum) for layer in layers}
+    shared = share_ranks(own, {layer.name: layer.group for layer in layers})
+
+    def ranks_if_factored(layer: TargetLayer) -> LayerRanks | None:
+        dense, ranks = layer.dense, shared[layer.name]
+        profitable = is_profitable(dense.out_features, dense.in_features, ranks, layer.config)
+        return ranks if profitable or layer.config.unprofitable == "factor" else None
+
+    return [(layer, ranks_if_factored(layer)) for layer in layers]
 
 
 def _shared_budget(targets: Mapping[str, tuple[nn.Module, CersaConfig]]) -> int | None:
@@ -205,9 +237,9 @@ def allocate(
 ) -> dict[str, LayerRanks | None]:
     """The ranks that keep the most energy of all layers together within a budget.
 
-    Every target layer is factored and trained, with at least rank 1: a dense frozen layer keeps all of its energy and needs no
-    gradients, so a large budget would otherwise train nothing. With ``unprofitable="skip"`` a layer may also stay dense, where
-    that keeps more energy per byte than the factors.
+    Every target layer is factored and trained, with at least the smallest rank (`rank_multiple`): a dense frozen layer keeps all
+    of its energy and needs no gradients, so a large budget would otherwise train nothing. With ``unprofitable="skip"`` a layer
+    may also stay dense, where that keeps more energy per byte than the factors. Layers of a group get the same ranks.
 
     Args:
         layers: the target layers of all components.
@@ -222,25 +254,33 @@ def allocate(
         "component.layer name" -> ranks; None for a layer that stays dense and frozen.
 
     Raises:
-        ConfigError: the budget is too small for rank 1 in every layer; the message names the smallest possible budget.
+        ConfigError: the budget is too small for the smallest rank in every layer; the message names the smallest possible one.
     """
-    options = [_rank_options(layer) for layer in layers]
-    costs = _costs(layers, options, optimizer)
-    energies = [_energies(layer, ranks, energy) for layer, ranks in zip(layers, options, strict=True)]
-    _check_smallest(layers, [int(bytes_of_options.min()) for bytes_of_options in costs], untouched, budget)
+    by_group: dict[Group, list[TargetLayer]] = {}
+    for layer in layers:
+        by_group.setdefault(layer.group, []).append(layer)
+    groups = list(by_group.values())
+    options = [_rank_options(group) for group in groups]
+    costs = _costs(groups, options, optimizer)
+    energies = [sum(_energies(layer, ranks, energy) for layer in group) for group, ranks in zip(groups, options, strict=True)]
+    _check_smallest(groups, [int(bytes_of_options.min()) for bytes_of_options in costs], untouched, budget)
     chosen = most_energy(costs, energies, budget - sum(untouched.values()))
-    return {layer.name: ranks[index] for layer, ranks, index in zip(layers, options, chosen, strict=True)}
+    ranks_by_group = {group: ranks[index] for group, ranks, index in zip(by_group, options, chosen, strict=True)}
+    return {layer.name: ranks_by_group[layer.group] for layer in layers}
 
 
-def _rank_options(layer: TargetLayer) -> list[LayerRanks | None]:
+def _rank_options(group: Sequence[TargetLayer]) -> list[LayerRanks | None]:
+    """The ranks that a group of layers of one shape may have: multiples of `rank_multiple`, or the full rank."""
+    config, full_rank = group[0].config, group[0].full_rank
     # Components without energy, as a rank-deficient matrix has them, would cost memory and keep nothing.
-    useful = energy_rank(layer.spectrum, 1.0)
-    most_trained = layer.config.core_rank(layer.spectrum, useful)
-    options: list[LayerRanks | None] = [LayerRanks(kept, min(kept, most_trained)) for kept in range(1, useful + 1)]
-    return [*options, None] if layer.config.unprofitable == "skip" else options
+    useful = max(config.rounded_rank(energy_rank(layer.spectrum, 1.0), full_rank) for layer in group)
+    most_trained = max(config.core_rank(layer.spectrum, useful) for layer in group)
+    kept_ranks = [*range(config.rank_multiple, useful, config.rank_multiple), useful]
+    options: list[LayerRanks | None] = [LayerRanks(kept, min(kept, most_trained)) for kept in kept_ranks]
+    return [*options, None] if config.unprofitable == "skip" else options
 
 
-def _costs(layers: Sequence[TargetLayer], options: list[list[LayerRanks | None]], optimizer: str) -> list[np.ndarray]:
+def _costs(groups: Sequence[list[TargetLayer]], options: list[list[LayerRanks | None]], optimizer: str) -> list[np.ndarray]:
     def cost(layer: TargetLayer, ranks: LayerRanks | None) -> int:
         if ranks is None:
             return layer.dense.dense_bytes()
@@ -248,13 +288,14 @@ def _costs(layers: Sequence[TargetLayer], options: list[list[LayerRanks | None]]
 
     # A large model has hundreds of layers but only a few shapes: equal layers are computed once.
     computed: dict[tuple, np.ndarray] = {}
-    costs = []
-    for layer, ranks_of_layer in zip(layers, options, strict=True):
+
+    def costs_of_layer(layer: TargetLayer, ranks_of_layer: list[LayerRanks | None]) -> np.ndarray:
         key = (layer.dense, id(layer.config), tuple(ranks_of_layer))
         if key not in computed:
             computed[key] = np.array([cost(layer, ranks) for ranks in ranks_of_layer])
-        costs.append(computed[key])
-    return costs
+        return computed[key]
+
+    return [sum(costs_of_layer(layer, ranks) for layer in group) for group, ranks in zip(groups, options, strict=True)]
 
 
 def _energies(layer: TargetLayer, options: list[LayerRanks | None], energy: Energy) -> np.ndarray:
@@ -267,7 +308,7 @@ def _energies(layer: TargetLayer, options: list[LayerRanks | None], energy: Ener
 
 
 def most_energy(costs: Sequence[np.ndarray], energies: Sequence[np.ndarray], budget: int) -> list[int]:
-    """Chooses one option for every layer with a greedy algorithm: the most energy per byte first.
+    """Chooses one option for every layer, or group of layers, with a greedy algorithm: the most energy per byte first.
 
     Every layer starts with its cheapest option. Each step then takes, of the steps that still fit, the one with the most energy
     per byte. The successive best steps of a layer gain less and less energy per byte, whatever the shape of its costs (which fall
@@ -317,18 +358,19 @@ def _best_step(cost: np.ndarray, energy: np.ndarray, current: int, left: int) ->
     return float(density[best]), current + 1 + int(possible[best])
 
 
-def _check_smallest(layers: Sequence[TargetLayer], smallest: list[int], untouched: Mapping[str, int], budget: int) -> None:
-    others = sum(untouched.values())
+def _check_smallest(groups: Sequence[list[TargetLayer]], smallest: list[int], untouched: Mapping[str, int], budget: int) -> None:
+    others, count = sum(untouched.values()), sum(map(len, groups))
     least = sum(smallest) + others
     if least <= budget:
         return
-    sizes = {**untouched, **{layer.name: size for layer, size in zip(layers, smallest, strict=True)}}
+    titles = [f"{group[0].name} (with {len(group) - 1} equal ones)" if len(group) > 1 else group[0].name for group in groups]
+    sizes = {**untouched, **dict(zip(titles, smallest, strict=True))}
     largest = sorted(sizes, key=sizes.get, reverse=True)[:5]
     raise ConfigError(
         f"memory_budget is {budget} bytes ({_megabytes(budget)}), but the smallest possible is {least} ({_megabytes(least)}): "
-        f"{_megabytes(others)} for what CERSA leaves alone and {_megabytes(least - others)} for {len(layers)} layers at rank 1. "
-        f"Largest: {', '.join(f'{name} {_megabytes(sizes[name])}' for name in largest)}. "
-        "Raise the budget, or train in a smaller dtype"
+        f"{_megabytes(others)} for what CERSA leaves alone and {_megabytes(least - others)} for {count} layers at the "
+        f"smallest ranks. Largest: {', '.join(f'{name} {_megabytes(sizes[name])}' for name in largest)}. "
+        "Raise the budget, lower rank_multiple, or train in a smaller dtype"
     )
 
 

@@ -19,7 +19,20 @@ CERSA_METHODS = ("cersa", "svfit", "svft")
 LORA_METHODS = ("lora", "pissa", "dora")
 METHOD_NAMES = (*CERSA_METHODS, *LORA_METHODS, "full")
 # Option -> the methods that read it, for the options that only some methods read.
-READ_BY = dict.fromkeys(("alpha", "beta", "uniform_rank", "core", "block", "unprofitable", "memory_budget"), ("cersa",)) | {
+READ_BY = dict.fromkeys(
+    (
+        "alpha",
+        "beta",
+        "uniform_rank",
+        "rank_multiple",
+        "uniform_blocks",
+        "core",
+        "block",
+        "unprofitable",
+        "memory_budget",
+    ),
+    ("cersa",),
+) | {
     "rank": LORA_METHODS,
     "svfit_rank": ("svfit",),
     "sparse_pattern": ("svft", "cersa"),

@@ -24,6 +24,8 @@ from gradio_app.view import previews_strip, size_text
 INTERVAL = 1.5
 # Largest number of points of the curve in the page.
 CURVE_POINTS = 250
+# The fields of the form that only CERSA reads.
+CERSA_FIELDS = ("alpha", "beta", "memory_budget", "rank_multiple", "uniform_blocks")
 LORA_FORMATS = {"diffusers": "diffusers", "kohya (ComfyUI, A1111, Forge)": "kohya"}
 
 
@@ -101,6 +103,14 @@ class TrainTab:
                 form["memory_budget"] = gr.Textbox(
                     "", label="Memory budget (optional)", info="such as 100MB; decides instead of alpha", placeholder="100MB"
                 )
+                with gr.Row():
+                    form["rank_multiple"] = gr.Number(
+                        default.rank_multiple, label="Ranks in multiples of", info="1: exact ranks",
+                        precision=0, minimum=1, min_width=120,
+                    )  # fmt: skip
+                    form["uniform_blocks"] = gr.Checkbox(
+                        default.uniform_blocks, label="Uniform blocks", info="for torch.compile", min_width=120
+                    )
                 form["rank"] = gr.Slider(1, 256, default.rank, step=1, label="Rank", info="LoRA, PiSSA, DoRA", visible=False)
             with gr.Column(min_width=280):
                 with gr.Row():
@@ -155,14 +165,14 @@ class TrainTab:
 
     def _wire(self) -> None:
         inputs, quiet = self.inputs, QUIET
-        planned = ("base", "method", "preset", "alpha", "beta", "memory_budget", "rank", "batch_size", "class_prompt")
+        planned = ("base", "preset", "batch_size", "class_prompt", "method", *CERSA_FIELDS, "rank")
         gr.on(
             [self.form[name].change for name in planned], self.show_plan, inputs, self.plan,
             trigger_mode="always_last", concurrency_id="plan", concurrency_limit=1, **quiet,
         )  # fmt: skip
         self.form["method"].input(
             self.show_method, self.form["method"],
-            [self.form[name] for name in ("alpha", "beta", "memory_budget", "rank", "learning_rate")], **quiet,
+            [self.form[name] for name in (*CERSA_FIELDS, "rank", "learning_rate")], **quiet,
         )  # fmt: skip
         messages = self.app.messages
         on(
@@ -208,14 +218,14 @@ class TrainTab:
     def show_method(self, method: str) -> list:
         """Shows the fields that a method reads, and its usual learning rate."""
         cersa, ranked = method == "cersa", method in RANKED
-        return [*(gr.update(visible=cersa) for _ in range(3)), gr.update(visible=ranked), LEARNING_RATES.get(method, 5e-4)]
+        return [*(gr.update(visible=cersa) for _ in CERSA_FIELDS), gr.update(visible=ranked), LEARNING_RATES.get(method, 5e-4)]
 
     def _read(self, values: Sequence) -> TrainForm:
         form = dict(zip(self.form, values, strict=True))
         missing = [name for name, value in form.items() if value is None]
         if missing:
             raise ConfigError(f"{', '.join(missing).replace('_', ' ')}: no value is given")
-        numbers = {name: int(form[name]) for name in ("rank", "steps", "batch_size", "seed")}
+        numbers = {name: int(form[name]) for name in ("rank_multiple", "rank", "steps", "batch_size", "seed")}
         return TrainForm(**form | numbers)
 
     def submit(self, pictures: list[str] | None, *values) -> tuple:

@@ -157,7 +157,7 @@ def other_components(tensors):
     ("change", "named"),
     [
         (lost_layer, ("'default'", "2.block", "2.cols", "2.components")),
-        (smaller_block, ("layer 2", "block", "(9, 9)", "(10, 10)")),
+        (smaller_block, ("layer 2", "block", "(15, 15)", "(16, 16)")),
         (repeated_rows, ("layer 2", "rows", "columns")),
         (far_rows, ("layer 2", "rows", "64")),
         (not_finite, ("layer 2", "finite")),

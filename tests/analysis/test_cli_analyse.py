@@ -81,7 +81,7 @@ def test_trainings_from_the_command_line(model_path, picture_folders, tmp_path, 
         assert (tmp_path / name / "ablations.png").read_bytes().startswith(PNG)
         assert [row["variant"] for row in rows_of(tmp_path / name / "ablations.csv")] == ["matrix", "array"]
         assert rows_of(tmp_path / name / "ablations-runs.csv")[0]["seed"] == "1"
-    runs = [str(tmp_path / name / "runs" / "alpha-0.9" / "seed-1") for name in "ab"]
+    runs = [str(tmp_path / name / "runs" / "alpha-0.9_rank_multiple-1" / "seed-1") for name in "ab"]
     main(["analyse", "forgetting", *runs, "--output", str(tmp_path), "--device", "cpu"])
     (row,) = rows_of(tmp_path / "forgetting.csv")
     assert row["method"] == "cersa" and row["runs"] == "2" and (tmp_path / "forgetting.png").is_file()

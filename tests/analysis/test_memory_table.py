@@ -24,8 +24,8 @@ METHODS = {
     "LoRA r=5": MethodSettings(method="lora", rank=5),
     "SVFT d=1": MethodSettings(method="svft", off_diagonals=1),
     "SVFit r=9": MethodSettings(method="svfit", svfit_rank=9),
-    "CERSA alpha=0.9": MethodSettings(alpha=0.9),
-    "CERSA alpha=0.5": MethodSettings(alpha=0.5),
+    "CERSA alpha=0.9": MethodSettings(alpha=0.9, rank_multiple=1),
+    "CERSA alpha=0.5": MethodSettings(alpha=0.5, rank_multiple=1),
 }
 
 
@@ -64,11 +64,11 @@ def test_every_row_is_what_a_step_occupies(name, model_path):
     assert not any(hasattr(module, "cores") for module in model.modules())
 
 
-def test_rows_of_cersa_are_those_of_the_plan(network):
+def test_rows_of_cersa_are_those_of_the_plan_for_exact_ranks(network):
     settings = TableSettings(alphas=(0.8,), optimizer="adafactor", weight_dtype=torch.bfloat16)
     rows = {row["method"]: row for row in memory_rows({"model": network}, {"model": "all-linear"}, settings, show_progress=False)}
     plan = plan_memory(
-        network, CersaConfig(alpha=0.8), optimizer="adafactor", weight_dtype=torch.bfloat16, show_progress=False
+        network, CersaConfig(alpha=0.8, rank_multiple=1), optimizer="adafactor", weight_dtype=torch.bfloat16, show_progress=False
     ).totals()["whole_model"]
     assert rows["CERSA alpha=0.8"]["total"] == plan["cersa"].total
     assert rows["LoRA r=32"]["total"] == plan["lora"].total

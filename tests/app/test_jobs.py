@@ -159,6 +159,9 @@ def test_the_form_becomes_the_settings_of_a_run(app, tmp_path):
         assert made.with_prior_preservation and made.validation_prompt == "a cat" and made.memory_budget is None
         assert replace(form, beta=0.95).config(pipe, base.source, tmp_path, LIMITS).beta is None
         assert replace(form, memory_budget="1MB").config(pipe, base.source, tmp_path, LIMITS).memory_budget == "1MB"
+        assert (made.rank_multiple, made.uniform_blocks) == (8, False)
+        compiled = replace(form, rank_multiple=16, uniform_blocks=True).config(pipe, base.source, tmp_path, LIMITS)
+        assert (compiled.rank_multiple, compiled.uniform_blocks) == (16, True)
         lora = replace(form, method="lora", rank=7).config(pipe, base.source, tmp_path, LIMITS)
         assert lora.rank == 7 and lora.alpha == DreamBoothConfig.alpha
         for change in (
@@ -185,7 +188,7 @@ def test_the_plan_follows_the_form(app):
                 "small": {"preset": "8gb"},
             }.items()
         }  # fmt: skip
-        with raises(ConfigError, "memory_budget", "1000 bytes", "rank 1"):
+        with raises(ConfigError, "memory_budget", "1000 bytes", "rank_multiple"):
             TrainForm("small", memory_budget="1kB").plan(pipe, base.source, LIMITS)
     assert len(set(plans.values())) == len(plans)
     assert all("together" in plan and "full" in plan for plan in plans.values())

@@ -44,11 +44,17 @@ def test_cache_info_and_clear(tmp_path, monkeypatch, capsys):
 def test_plan_of_a_pipeline_as_json_and_picture(base_path, tmp_path, capsys):
     picture = tmp_path / "plan.png"
     options = ["--alpha", "0.9", "--beta", "0.8", "--rank", "8", "--batch", "2", "--dtype", "bfloat16"]
+    options += ["--rank_multiple", "5", "--uniform_blocks"]
     main(["plan", str(base_path), *options, "--format", "json", "--plot", str(picture)])
     plan = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {layer["name"].partition(".")[0] for layer in plan["layers"]} == {"unet", "text_encoder"}
     assert all(0 < layer["core_rank"] <= layer["kept_rank"] for layer in plan["layers"])
+    for layer in plan["layers"]:
+        full = min(layer["out_features"], layer["in_features"])
+        assert layer["kept_rank"] % 5 == 0 or layer["kept_rank"] == full
+    encoder = [layer for layer in plan["layers"] if layer["name"].startswith("text_encoder") and layer["kind"] == "q_proj"]
+    assert len(encoder) > 1 and len({(layer["kept_rank"], layer["core_rank"]) for layer in encoder}) == 1
     assert all(layer["memory"]["lora"]["activations"] > 0 for layer in plan["layers"])
     assert (plan["lora_rank"], plan["weight_dtype"], plan["activations_counted"]) == (8, "bfloat16", True)
     weights = sum(path.stat().st_size for path in base_path.rglob("*.safetensors"))

@@ -235,6 +235,20 @@ def test_layers_left_dense_stay_bit_for_bit(tmp_path):
     assert set(kept) == {name for name, _ in dense.named_parameters()} - {f"{name}.weight" for name in report.layers}
 
 
+def test_equal_layers_of_uniform_blocks_keep_the_same_number_of_components(tmp_path):
+    dense, other = text_model(tmp_path / "dense"), text_model(tmp_path / "other")
+    config = CersaConfig(alpha=0.9, rank_multiple=2, uniform_blocks=True)
+    report = cersa.compress(tmp_path / "dense", tmp_path / "small", config=config, show_progress=False)
+    cersa.inject_cersa(dense, config, show_progress=False)
+    assert_same(factors(cersa.load_compressed(tmp_path / "small").to(DEVICE)), factors(dense.to(DEVICE)))
+    cersa.inject_cersa(other, CersaConfig(alpha=0.9, rank_multiple=2), show_progress=False)
+    alone = {name: layer.kept_rank for name, layer in cersa_layers(other).items()}
+    blocks = [{name: k for name, k in report.layers.items() if f"layers.{number}." in name} for number in range(2)]
+    assert list(blocks[0].values()) == list(blocks[1].values()) and list(report.layers.values()) != list(alone.values())
+    description = json.loads((tmp_path / "small" / DESCRIPTION).read_text())["config"]
+    assert (description["rank_multiple"], description["uniform_blocks"]) == (2, True)
+
+
 def test_tied_weights_are_refused_and_others_survive(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
     tied = BertForMaskedLM(BertConfig(**sizes)).eval()
@@ -390,10 +404,12 @@ def test_ids_on_the_hub(base_path, compressed_base, tmp_path, monkeypatch):
 
 def test_command(tmp_path, base_path, capsys):
     arguments = ["compress", str(base_path), str(tmp_path / "small"), "--alpha", ".8", "--dtype", "float16"]
-    main([*arguments, "--components", "text_encoder"])
+    main([*arguments, "--rank_multiple", "5", "--uniform_blocks", "--components", "text_encoder"])
     assert "16 layers factored" in capsys.readouterr().out
     pipe = cersa.load_compressed(tmp_path / "small", dtype=torch.float16)
     assert not cersa_layers(pipe.unet) and len(cersa_layers(pipe.text_encoder)) == 16
-    assert isinstance(pipe.text_encoder.encoder.layers[0].self_attn.q_proj, CersaLinear)
+    queries = [layer.self_attn.q_proj for layer in pipe.text_encoder.encoder.layers]
+    assert isinstance(queries[0], CersaLinear) and queries[0].kept_rank % 5 == 0
+    assert {layer.kept_rank for layer in queries} == {queries[0].kept_rank}
     with raises(SystemExit, "error", "output_dir", "small"):
         main(arguments)

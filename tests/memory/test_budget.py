@@ -26,18 +26,25 @@ UNTOUCHED = {"net.conv": 100}
 
 @st.composite
 def target_layers(draw, most=4, widest=9, **fixed) -> list[TargetLayer]:
-    """Layers of one model: any shapes, spectra with ties, zeros and widely different sizes, one configuration."""
-    options = {"beta": st.none() | st.sampled_from([0.3, 0.8]), "unprofitable": st.sampled_from(["factor", "skip"])}
+    """Layers of one model: any shapes, some alike in repeated blocks, spectra with ties, zeros and widely different sizes."""
+    options = {
+        "beta": st.none() | st.sampled_from([0.3, 0.8]),
+        "unprofitable": st.sampled_from(["factor", "skip"]),
+        "rank_multiple": st.sampled_from([1, 2, 3, 8]),
+    }
     config = CersaConfig(memory_budget=1, **{name: draw(options[name]) for name in options if name not in fixed} | fixed)
     layers = []
     for number in range(draw(st.integers(1, most))):
-        m, n = draw(st.integers(1, widest)), draw(st.integers(1, widest))
+        like = draw(st.sampled_from([None, *layers]))
+        sides = (like.dense.out_features, like.dense.in_features) if like else None
+        m, n = sides or draw(st.tuples(st.integers(1, widest), st.integers(1, widest)))
         value = st.sampled_from([0.0, 1.0, 2.0]) | st.floats(1e-3, 1e3)
         spectrum = sorted(draw(st.lists(value, min_size=min(m, n), max_size=min(m, n))), reverse=True)
         dense = DenseLayer(
             m, n, draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.bfloat16])), rows=draw(st.integers(0, 3))
         )
-        layers.append(TargetLayer(f"net.{number}", dense, config, torch.tensor(spectrum, dtype=torch.float64)))
+        group = like.group if like else f"block of {number}"
+        layers.append(TargetLayer(f"net.{number}", dense, config, torch.tensor(spectrum, dtype=torch.float64), group))
     return layers
 
 
@@ -82,40 +89,60 @@ def test_never_above_the_budget_and_a_larger_one_never_keeps_less(layers, optimi
         assert bytes_of(layers, ranks, optimizer) <= budget
         for layer, own in zip(layers, ranks, strict=True):
             assert own is not None or layer.config.unprofitable == "skip"
-            assert own is None or 1 <= own.core <= own.kept <= layer.full_rank
+            if own is not None:
+                multiple, full = layer.config.rank_multiple, layer.full_rank
+                assert 1 <= own.core <= own.kept <= full
+                assert all(rank % multiple == 0 or rank == full for rank in own)
+        by_group = {(layer.group, own) for layer, own in zip(layers, ranks, strict=True)}
+        assert len(by_group) == len({layer.group for layer in layers})
         kept.append(energy_of(layers, ranks, energy))
     assert all(after >= before - 1e-9 * abs(before) - 1e-12 for before, after in itertools.pairwise(kept))
 
 
-def one_component_more(layers: list[TargetLayer], ranks: list[LayerRanks]) -> float:
-    """The most that a single further component of a layer would bring."""
-    return max(
-        energy_of([layer], [LayerRanks(min(own.kept + 1, layer.full_rank), own.core)]) - energy_of([layer], [own])
-        for layer, own in zip(layers, ranks, strict=True)
-    )
+def grouped(layers: list[TargetLayer]) -> dict[object, list[TargetLayer]]:
+    groups: dict[object, list[TargetLayer]] = {}
+    for own in layers:
+        groups.setdefault(own.group, []).append(own)
+    return groups
+
+
+def one_step_more(layers: list[TargetLayer], ranks: list[LayerRanks]) -> float:
+    """The most that a single further step of a layer, or of layers with the same ranks, would bring."""
+    chosen = {layer.group: own for layer, own in zip(layers, ranks, strict=True)}
+
+    def gain(group: object, alike: list[TargetLayer]) -> float:
+        own, more = chosen[group], min(chosen[group].kept + alike[0].config.rank_multiple, alike[0].full_rank)
+        return energy_of(alike, [LayerRanks(more, own.core)] * len(alike)) - energy_of(alike, [own] * len(alike))
+
+    return max(gain(group, alike) for group, alike in grouped(layers).items())
 
 
 @settings(max_examples=60)
 @given(target_layers(most=3, widest=5, beta=None, unprofitable="factor"), st.floats(1, 3))
-def test_optimal_up_to_one_component(layers, generosity):
+def test_optimal_up_to_one_step(layers, generosity):
     budget = int(smallest(layers) * generosity)
     ranks = list(allocate(layers, UNTOUCHED, budget).values())
-    every = itertools.product(*([LayerRanks(k, k) for k in range(1, layer.full_rank + 1)] for layer in layers))
-    best = max(energy_of(layers, own) for own in every if bytes_of(layers, own) <= budget)
-    assert energy_of(layers, ranks) >= best - one_component_more(layers, ranks) - 1e-9
+    multiple, groups = layers[0].config.rank_multiple, grouped(layers)
+    possible = [{*range(multiple, alike[0].full_rank, multiple), alike[0].full_rank} for alike in groups.values()]
+    every = [dict(zip(groups, kept, strict=True)) for kept in itertools.product(*possible)]
+    choices = [[LayerRanks(kept[layer.group], kept[layer.group]) for layer in layers] for kept in every]
+    best = max(energy_of(layers, own) for own in choices if bytes_of(layers, own) <= budget)
+    assert energy_of(layers, ranks) >= best - one_step_more(layers, ranks) - 1e-9
 
 
 @settings(max_examples=60)
 @given(target_layers(beta=None, unprofitable="factor"), st.floats(0.05, 1))
 def test_no_worse_than_one_alpha_for_all_layers(layers, alpha):
-    uniform = [LayerRanks(k, k) for k in (energy_rank(layer.spectrum, alpha) for layer in layers)]
+    config = CersaConfig(alpha=alpha, rank_multiple=layers[0].config.rank_multiple)
+    kept = {g: max(config.kept_rank(layer.spectrum) for layer in alike) for g, alike in grouped(layers).items()}
+    uniform = [LayerRanks(kept[layer.group], kept[layer.group]) for layer in layers]
     ranks = list(allocate(layers, UNTOUCHED, bytes_of(layers, uniform)).values())
-    assert energy_of(layers, ranks) >= energy_of(layers, uniform) - one_component_more(layers, ranks) - 1e-9
+    assert energy_of(layers, ranks) >= energy_of(layers, uniform) - one_step_more(layers, ranks) - 1e-9
 
 
 def layer(name: str, spectrum: list[float], m: int | None = None, **settings) -> TargetLayer:
     p = len(spectrum)
-    config = CersaConfig(memory_budget=1, **settings)
+    config = CersaConfig(memory_budget=1, **{"rank_multiple": 1} | settings)
     return TargetLayer(name, DenseLayer(m or p, p, False, torch.float32), config, torch.tensor(spectrum, dtype=torch.float64))
 
 
@@ -166,7 +193,7 @@ def ranks_in(model: nn.Module) -> dict[str, LayerRanks]:
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.6}, {"beta": 0.6, "block": "bottom"}, {"core": "diagonal"}])
 def test_injection_and_plan_come_to_the_same_and_fill_the_budget(network, settings):
-    config = CersaConfig(memory_budget="20kB", **settings)
+    config = CersaConfig(memory_budget="20kB", rank_multiple=1, **settings)
     plan = plan_memory(network, config, show_progress=False)
     report = cersa.inject_cersa(network, config, show_progress=False)
     assert ranks_in(network) == {row.name.removeprefix("model."): LayerRanks(row.kept_rank, row.core_rank) for row in plan.layers}
@@ -192,7 +219,7 @@ def test_components_share_one_budget(network):
 
 
 def test_conditions_of_training_count(network):
-    config = CersaConfig(memory_budget=60_000)
+    config = CersaConfig(memory_budget=60_000, rank_multiple=1)
     tokens = {f"model.{name}": LayerInput(40) for name in "024"}
     for conditions in ({}, {"optimizer": "sgd"}, {"weight_dtype": torch.bfloat16}, {"tokens": tokens}):
         plan = plan_memory(network, config, show_progress=False, **conditions)
@@ -214,7 +241,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_and_leaves_the_model(net
     with raises(ConfigError, str(least)):
         cersa.inject_cersa(model, CersaConfig(memory_budget=least - 1), show_progress=False)
     cersa.inject_cersa(model, CersaConfig(memory_budget=least), show_progress=False)
-    assert set(ranks_in(model).values()) == {LayerRanks(1, 1)} and occupied(model) == least
+    assert set(ranks_in(model).values()) == {LayerRanks(8, 8)} and occupied(model) == least
 
 
 def test_layers_may_stay_dense_where_that_keeps_more(network):

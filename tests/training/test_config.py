@@ -62,6 +62,7 @@ def test_refused(settings, names):
         ({"method": "lora", "alpha": 0.8, "core": "diagonal"}, "lora alpha core"),
         ({"method": "cersa", "rank": 8, "svfit_rank": 9}, "cersa rank svfit_rank"),
         ({"method": "svft", "alpha": 0.8}, "svft alpha"),
+        ({"method": "svfit", "rank_multiple": 4, "uniform_blocks": True}, "svfit rank_multiple uniform_blocks"),
         ({"method": "full", "sparse_pattern": "random"}, "full sparse_pattern"),
         ({"off_diagonals": 4}, "core sparse off_diagonals"),
         ({"lr_warmup_steps": 10}, "lr_scheduler constant lr_warmup_steps"),
@@ -84,6 +85,7 @@ def test_ignored_options_warn_once(settings, names):
     "settings",
     [
         {"alpha": 0.8, "beta": 0.5, "block": "bottom", "unprofitable": "skip"},
+        {"rank_multiple": 4, "uniform_blocks": True},
         {"core": "sparse", "sparse_pattern": "top_k", "off_diagonals": 3, "alpha": 1.0},
         {"method": "svft", "sparse_pattern": "random", "off_diagonals": 1},
         {"method": "pissa", "rank": 4},
@@ -103,8 +105,10 @@ def test_options_that_are_read_do_not_warn(settings):
 def test_baselines_are_their_papers_settings():
     svfit = DreamBoothConfig(**REQUIRED, method="svfit").cersa_config("all-linear")
     assert (svfit.rank, svfit.core, svfit.residual) == (768, "diagonal", "keep")
+    assert svfit.rank_multiple == 1
     svft = DreamBoothConfig(**REQUIRED, method="svft").cersa_config("all-linear")
     assert (svft.alpha, svft.core, svft.sparse_pattern, svft.off_diagonals) == (1.0, "sparse", "banded", 2)
+    assert svft.rank_multiple == 1
 
 
 @pytest.mark.parametrize(
