@@ -22,6 +22,7 @@ from cersa_diffusion.layers.model import (
     check_layers,
     components_of,
     finest_matrix,
+    named_layers,
     replace_module,
 )
 from cersa_diffusion.weights.cache import LeadingFactors
@@ -134,7 +135,7 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
         BaseMismatchError: layers are missing, have other shapes or are not linear layers; one message names all of them.
     """
     lone = set(components) == {LONE_COMPONENT} and len({key.partition(".")[0] for key in adapter.layers}) == 1
-    modules = {component: dict(model.named_modules()) for component, model in components.items()}
+    modules = {component: named_layers(model) for component, model in components.items()}
     targets: dict[str, Target] = {}
     problems: dict[str, list[str]] = {}
     taken: set[tuple[str, str]] = set()

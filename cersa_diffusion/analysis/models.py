@@ -26,7 +26,7 @@ from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteErro
 from cersa_diffusion.inject import merge
 from cersa_diffusion.layers.kinds import can_be_factored, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
-from cersa_diffusion.layers.model import name_matches
+from cersa_diffusion.layers.model import name_matches, named_layers
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
 from cersa_diffusion.text import one_line
 
@@ -200,7 +200,7 @@ def _layers(source: Source | Opened) -> Layers:
     layers: Layers = {}
     for component, model in opened.components.items():
         prefix = f"{component}." if len(opened.components) > 1 else ""
-        for name, module in model.named_modules():
+        for name, module in named_layers(model).items():
             if name in opened.unstored:
                 continue
             if isinstance(module, CersaLinear):

@@ -9,12 +9,20 @@ import torch
 from torch import nn
 
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.layers.factored import FactoredLinear
 from cersa_diffusion.layers.kinds import KINDS, as_dense, can_be_factored, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
 from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 # Dtypes of weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
 DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of a model, in model order, without the modules inside of CERSA layers."""
+    factored = (module for module in model.modules() if isinstance(module, FactoredLinear))
+    inside = {part for layer in factored for part in layer.modules() if part is not layer}
+    return {name: module for name, module in model.named_modules() if module not in inside}
 
 
 def match_targets(
@@ -33,7 +41,7 @@ def match_targets(
     Raises:
         ConfigError: no layer matches; the message lists the endings of all possible layers.
     """
-    candidates = {name: module for name, module in model.named_modules() if can_be_factored(module)}
+    candidates = {name: module for name, module in named_layers(model).items() if can_be_factored(module)}
     targets = {
         name: module
         for name, module in candidates.items()
@@ -151,7 +159,9 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     block replaces are not held, so that their memory is free at once: the CERSA layers in their place know the way back.
     """
     classes = (*KINDS, CersaLinear, FusedLinear)
-    present = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, classes)]
+    present = [
+        (model, name, module) for model in models for name, module in named_layers(model).items() if isinstance(module, classes)
+    ]
     dense = [_DenseLayer(*layer) for layer in present if can_be_factored(layer[2])]
     modules = [layer for layer in present if not can_be_factored(layer[2])]
     del present
