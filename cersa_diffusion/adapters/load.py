@@ -14,6 +14,7 @@ from cersa_diffusion.adapters.room import check_room, warn_of_other_truncation
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError
 from cersa_diffusion.functional import Decomposition, block_to_core, float64
 from cersa_diffusion.layers.core import MatrixCore
+from cersa_diffusion.layers.fused import Fused
 from cersa_diffusion.layers.kinds import KINDS, build_layer, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import (
@@ -167,7 +168,7 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
 def _misfit(module: nn.Module | None, stored: StoredLayer) -> str | None:
     if module is None:
         return "no such layer in the model"
-    if not isinstance(module, (*KINDS, CersaLinear)):
+    if not isinstance(module, (*KINDS, CersaLinear, Fused)):
         return f"the module is from {type(module).__module__} (unload other adapters first)"
     shape, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
     return None if shape == expected else f"the model has shape {shape}, the adapter {expected}"

@@ -178,26 +178,3 @@ class CersaLinear(FactoredLinear, KeepsFloat32):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, kept_rank={self.kept_rank}, residual={residual}"
         )
-
-
-class FusedLinear(nn.Linear):
-    """A dense layer that replaces a CERSA layer and keeps it for `cersa_diffusion.unfuse`.
-
-    Other libraries treat it as a plain `nn.Linear`: they can save or quantise it, or add a LoRA to it.
-
-    Args:
-        factored: the replaced layer; its bias is shared.
-        weight: (m, n) dense weight.
-    """
-
-    def __init__(self, factored: CersaLinear, weight: Tensor):
-        super().__init__(factored.in_features, factored.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = factored.bias
-        # A tuple keeps the layer out of the module: its tensors are neither saved nor listed as parameters.
-        self._factored = (factored,)
-
-    @property
-    def factored(self) -> CersaLinear:
-        """The CERSA layer, on the device and in the dtype that it had when it was fused."""
-        return self._factored[0]

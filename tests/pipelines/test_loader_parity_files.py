@@ -1,6 +1,7 @@
 """The behaviours that users of the LoRA loader rely on, by their numbers in our list: 27 to 37, files, devices and hot swap."""
 
 import shutil
+from functools import partial
 
 import pytest
 import safetensors
@@ -129,7 +130,8 @@ def check_offloaded_loading(adapter_file, enable, is_offloaded):
         each.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
     assert is_offloaded(pipe)
     torch.testing.assert_close(picture(pipe), picture(plain), rtol=0, atol=1e-5 if DEVICE.type == "cpu" else 1e-3)
-    for change in (pipe.fuse_cersa, pipe.unfuse_cersa, pipe.unload_cersa_weights):
+    factors = partial(pipe.fuse_cersa, form="factors")
+    for change in (pipe.fuse_cersa, pipe.unfuse_cersa, factors, pipe.unfuse_cersa, pipe.unload_cersa_weights):
         change()
         assert is_offloaded(pipe)
         picture(pipe)
