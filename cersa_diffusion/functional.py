@@ -91,44 +91,23 @@ def kept_energy(singular_values: Tensor, rank: int) -> float:
     return float(energy[rank - 1] / energy[-1]) if energy[-1] > 0 else 1.0
 
 
-def cersa_linear(
-    x: Tensor,
-    U: Tensor,
-    s: Tensor,
-    Vh: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    offset: int = 0,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``y = U (s * h + pad(D h[o:o+r])) + R x + b`` with ``h = Vh x`` (CERSA, section 3.2, written for the change of the core).
+def changed_components(h: Tensor, s: Tensor, core: Tensor | None, offset: int = 0) -> Tensor:
+    """``s * h + pad(D h[o:o+r])``: the scaled and changed components of an input (CERSA, section 3.2).
 
-    Autograd saves only the changed part of `h` (tokens x r) for the backward pass, because the factors are frozen.
+    Autograd saves only the changed part of `h` (tokens x r) for the backward pass, because the singular values are frozen.
 
     Args:
-        x: (..., n) input.
-        U: (m, k), Vh: (k, n): frozen bases in the compute dtype.
+        h: (..., k) components of the input, ``Vh x``.
         s: (k,) float32 singular values.
         core: change of the core in any floating dtype, (r, r) or its diagonal (r,); None for the truncated layer.
-        bias: (m,) or None.
         offset: o, the first component that the core changes.
-        residual: (m, n) part of the weight outside the kept components, or None if it is dropped.
 
     Returns:
-        (..., m) output in the dtype that `torch.nn.functional.linear` returns for the bases (autocast included).
+        (..., k) tensor in the dtype of `h`.
     """
-    h = F.linear(x, Vh)
     scaled = (h * s).to(h.dtype)
-    if core is not None:
-        scaled = _add_change(scaled, h, core, offset)
-    if residual is not None:
-        # The second product adds the bias: a separate addition would raise the dtype under autocast.
-        return F.linear(scaled, U) + F.linear(x, residual, bias)
-    return F.linear(scaled, U, bias)
-
-
-def _add_change(scaled: Tensor, h: Tensor, core: Tensor, offset: int) -> Tensor:
-    """``scaled + pad(D h[o:o+r])`` with as few kernels as the case needs."""
+    if core is None:
+        return scaled
     rank, kept = core.shape[0], h.shape[-1]
     if core.ndim == 2 and rank == kept:
         # One kernel for product and sum.

@@ -12,7 +12,7 @@ from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
 from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
-from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
+from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import (
     all_or_nothing,
     cersa_layers,
@@ -20,6 +20,7 @@ from cersa_diffusion.layers.model import (
     finest_matrix,
     installed_layers,
     match_targets,
+    placement,
     replace_module,
 )
 from cersa_diffusion.memory.budget import select_ranks
@@ -215,9 +216,7 @@ def _report(name: str, layer: CersaLinear, adapter_name: str, singular_values: t
 def merge(model: nn.Module) -> None:
     """Replaces every CERSA layer by a plain `nn.Linear` that holds its effective weight; not reversible."""
     for name, module in installed_layers(model).items():
-        fused = isinstance(module, FusedLinear)
-        dense = as_dense(module.factored, module.weight) if fused else as_dense(module, module.effective_weight())
-        replace_module(model, name, dense)
+        replace_module(model, name, as_dense(module, module.effective_weight()))
 
 
 def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> None:
@@ -244,10 +243,10 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
                 "the model again"
             )
     for name, layer in layers.items():
-        current = modules[name].weight if isinstance(modules[name], FusedLinear) else layer.U
+        placed = placement(modules[name])
         if layer.is_base:
             for adapter_name in list(layer.cores):
                 layer.delete_core(adapter_name)
-            replace_module(model, name, layer.to(current.device, current.dtype))
+            replace_module(model, name, layer.to(*placed))
         else:
-            replace_module(model, name, as_dense(layer, weights[name].to(current.device, current.dtype)))
+            replace_module(model, name, as_dense(layer, weights[name].to(*placed)))

@@ -64,6 +64,9 @@ RENAME_SOURCE_KEY = PrivateName("transformers.core_model_loading", "rename_sourc
 LOAD_FROM_CHECKPOINT = PrivateName("transformers", "Trainer._load_from_checkpoint", "resuming a classifier (overridden)")
 LOAD_BEST_MODEL = PrivateName("transformers", "Trainer._load_best_model", "going back to the best checkpoint (overridden)")
 
+# peft.
+DEQUANTISE = PrivateName("peft.utils.integrations", "dequantize_module_weight", "reading quantised factors")
+
 # diffusers.
 REAPPLY_GROUP_OFFLOADING = PrivateName(
     "diffusers.hooks.group_offloading", "_maybe_remove_and_reapply_group_offloading", "changing the layers of an offloaded model"

@@ -188,7 +188,7 @@ def test_the_residual_is_where_the_weight_is():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("cersa_diffusion.layers.kinds.base_entries", lambda weight: ())
             layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), keep_residual=True)
-        assert layer.residual.device == layer.U.device == linear.weight.device != factors.U.device
+        assert layer.R.device == layer.U.device == linear.weight.device != factors.U.device
 
 
 def test_a_model_that_looks_at_the_dtype_of_its_layers():

@@ -120,7 +120,7 @@ def delete_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def refuse_fused(model: nn.Module) -> None:
-    """Raises ConfigError if CERSA layers are fused into dense weights, because changes of their adapters would have no effect."""
+    """Raises ConfigError if CERSA layers are fused, because changes of their adapters would have no effect."""
     fused = fused_layers(model)
     if fused:
         raise ConfigError(f"{len(fused)} layers of {type(model).__name__} are fused: unfuse them first (pipe.unfuse_cersa())")

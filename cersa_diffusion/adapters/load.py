@@ -14,6 +14,7 @@ from cersa_diffusion.adapters.room import check_room, warn_of_other_truncation
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError
 from cersa_diffusion.functional import Decomposition, block_to_core, float64
 from cersa_diffusion.layers.core import MatrixCore
+from cersa_diffusion.layers.fused import Fused
 from cersa_diffusion.layers.kinds import KINDS, build_layer, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import (
@@ -22,6 +23,7 @@ from cersa_diffusion.layers.model import (
     check_layers,
     components_of,
     finest_matrix,
+    named_layers,
     replace_module,
 )
 from cersa_diffusion.weights.cache import LeadingFactors
@@ -134,7 +136,7 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
         BaseMismatchError: layers are missing, have other shapes or are not linear layers; one message names all of them.
     """
     lone = set(components) == {LONE_COMPONENT} and len({key.partition(".")[0] for key in adapter.layers}) == 1
-    modules = {component: dict(model.named_modules()) for component, model in components.items()}
+    modules = {component: named_layers(model) for component, model in components.items()}
     targets: dict[str, Target] = {}
     problems: dict[str, list[str]] = {}
     taken: set[tuple[str, str]] = set()
@@ -166,7 +168,7 @@ def resolve_layers(adapter: AdapterFile, components: Mapping[str, nn.Module]) ->
 def _misfit(module: nn.Module | None, stored: StoredLayer) -> str | None:
     if module is None:
         return "no such layer in the model"
-    if not isinstance(module, (*KINDS, CersaLinear)):
+    if not isinstance(module, (*KINDS, CersaLinear, Fused)):
         return f"the module is from {type(module).__module__} (unload other adapters first)"
     shape, expected = (module.out_features, module.in_features), (stored.out_features, stored.in_features)
     return None if shape == expected else f"the model has shape {shape}, the adapter {expected}"

@@ -24,9 +24,10 @@ from cersa_diffusion.compressed.folder import (
 )
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import merge
+from cersa_diffusion.layers.fused import Fused
 from cersa_diffusion.layers.kinds import can_be_factored, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
-from cersa_diffusion.layers.model import name_matches
+from cersa_diffusion.layers.model import name_matches, named_layers
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
 from cersa_diffusion.text import one_line
 
@@ -95,8 +96,7 @@ def open_dense(source: Source, revision: str | None = None) -> dict[str, nn.Modu
     """
     components = open_model(source if isinstance(source, nn.Module) else local_folder(source, revision)).components
     for model in components.values():
-        if any(isinstance(module, CersaLinear) for module in model.modules()):
-            merge(model)
+        merge(model)
     return components
 
 
@@ -200,10 +200,10 @@ def _layers(source: Source | Opened) -> Layers:
     layers: Layers = {}
     for component, model in opened.components.items():
         prefix = f"{component}." if len(opened.components) > 1 else ""
-        for name, module in model.named_modules():
+        for name, module in named_layers(model).items():
             if name in opened.unstored:
                 continue
-            if isinstance(module, CersaLinear):
+            if isinstance(module, CersaLinear | Fused):
                 layers[prefix + name] = (module.out_features, module.in_features), module.effective_weight
             elif can_be_factored(module):
                 layers[prefix + name] = tuple(matrix_of(module).shape), lambda module=module: matrix_of(module).detach()

@@ -27,6 +27,8 @@ WEIGHTS_NAME = "cersa_model.safetensors"
 DESCRIPTION_NAME = "cersa_compression.json"
 PIPELINE_INDEX = "model_index.json"
 FORMAT_VERSION = 1
+# Names in a CERSA layer, and what the file calls them.
+_NAMES_IN_FILE = {"up.weight": "U", "s": "s", "down.weight": "Vh", "up.bias": "bias"}
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -265,14 +267,14 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype)
         layer = CersaLinear(empty, entry.k, linear.bias, dtype)
         layer.base_entries, layer.is_base = entry.entries, True
         replace_module(model, name, layer)
-        factored[f"{name}.s"] = entry
+        factored[name] = entry
     try:
         state = _read_state(folder / WEIGHTS_NAME, model, set(factored), dtype)
         for name, entry in factored.items():
-            if tuple(state[name][: len(entry.s)].tolist()) != entry.s:
+            if tuple(state[f"{name}.s"][: len(entry.s)].tolist()) != entry.s:
                 raise AdapterFormatError(
-                    f"{folder}: layer {name.removesuffix('.s')} does not match its description, the files are from two "
-                    "different checkpoints: compress it again"
+                    f"{folder}: layer {name} does not match its description, the files are from two different checkpoints: "
+                    "compress it again"
                 )
         model.load_state_dict(state, strict=False, assign=True)
     except (safetensors.SafetensorError, OSError, KeyError, RuntimeError) as error:
@@ -287,14 +289,23 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype)
     return model
 
 
-def _read_state(path: Path, model: nn.Module, singular_values: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors by their names in the model; a tensor is copied only if its dtype changes."""
+def _read_state(path: Path, model: nn.Module, factored: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors by their names in the model; a tensor is copied only if its dtype changes.
+
+    Args:
+        path: the file.
+        model: the model, with CERSA layers.
+        factored: the names of these layers.
+        dtype: dtype of all tensors but singular values.
+    """
+    in_file = {f"{layer}.{name}": f"{layer}.{other}" for layer in factored for name, other in _NAMES_IN_FILE.items()}
+    singular_values = {f"{layer}.s" for layer in factored}
     float32_modules = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     state = {}
     with safetensors.safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         for name in model.state_dict():
-            key = stored_name(name, model, stored)
+            key = stored_name(in_file.get(name, name), model, stored)
             if key is None:
                 continue
             tensor = file.get_tensor(key)

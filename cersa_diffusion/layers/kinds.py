@@ -10,6 +10,7 @@ from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import Decomposition, Pivots, float64
 from cersa_diffusion.layers.core import Core, DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
+from cersa_diffusion.layers.fused import Fused
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.weights.fingerprint import base_entries
 from cersa_diffusion.weights.stored import FinestWeight
@@ -22,15 +23,15 @@ class LayerKind:
     Attributes:
         matrix: returns the (m, n) matrix that the layer multiplies by.
         cersa_class: the layer that replaces it.
-        dense: makes a layer of this class from an (m, n) matrix and the bias of a CERSA layer.
+        dense: makes a layer of this class from an (m, n) matrix and the bias of a CERSA layer or fused layer.
     """
 
     matrix: Callable[[nn.Module], Tensor]
     cersa_class: type[CersaLinear]
-    dense: Callable[[CersaLinear, Tensor], nn.Module]
+    dense: Callable[[CersaLinear | Fused, Tensor], nn.Module]
 
 
-def _linear(layer: CersaLinear, matrix: Tensor) -> nn.Linear:
+def _linear(layer: CersaLinear | Fused, matrix: Tensor) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(matrix.detach(), requires_grad=matrix.requires_grad)
     linear.bias = layer.bias
@@ -124,7 +125,8 @@ def new_core(name: str, config: CersaConfig, ranks: LayerRanks, factors: Decompo
     return MatrixCore(rank, offset) if config.core == "matrix" else DiagonalCore(rank, offset)
 
 
-def as_dense(layer: CersaLinear, matrix: Tensor) -> nn.Module:
-    """A layer of the replaced class with a dense (m, n) matrix and the bias of the CERSA layer."""
-    kind = next(kind for kind in KINDS.values() if kind.cersa_class is type(layer))
+def as_dense(layer: CersaLinear | Fused, matrix: Tensor) -> nn.Module:
+    """A layer of the replaced class with a dense (m, n) matrix and the bias of the CERSA layer or fused layer."""
+    cersa_class = type(layer.factored if isinstance(layer, Fused) else layer)
+    kind = next(kind for kind in KINDS.values() if kind.cersa_class is cersa_class)
     return kind.dense(layer, matrix)

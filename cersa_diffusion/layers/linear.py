@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from cersa_diffusion.errors import ConfigError
-from cersa_diffusion.functional import Decomposition, Pivots, cersa_linear, choose_pivots, float64
+from cersa_diffusion.functional import Decomposition, Pivots, changed_components, choose_pivots, float64
 from cersa_diffusion.layers.core import Core, KeepsFloat32
+from cersa_diffusion.layers.factored import FactoredLinear, frozen_linear
 from cersa_diffusion.weights.stored import StoredWeight
 
 
-class CersaLinear(KeepsFloat32):
+class CersaLinear(FactoredLinear, KeepsFloat32):
     """``y = U (s * h + pad(D h[o:o+r])) + R x + b``, ``h = Vh x``; ``U``, ``s``, ``Vh``, ``R`` frozen, the cores ``D`` trainable.
 
     An untrained layer computes the truncated weight ``U diag(s) Vh``, or the whole one if the residual R is kept. Several named
-    cores add up: ``D = sum strength_i D_i``. Bases are parameters without gradient, in the compute dtype, so that offloading,
-    FSDP and the first broadcast of DDP treat them as weights. Singular values and cores stay float32 when the layer changes its
-    dtype.
+    cores add up: ``D = sum strength_i D_i``. U, Vh and R are the weights of frozen linear maps in the compute dtype. Singular
+    values and cores stay float32 when the layer changes its dtype.
 
     Args:
         decomposition: leading factors of the weight, at least `kept_rank` of them, values descending.
@@ -43,18 +43,17 @@ class CersaLinear(KeepsFloat32):
         residual: Tensor | None = None,
         pivots: Pivots | None = None,
     ):
-        super().__init__()
         U, s, Vh = decomposition.U, decomposition.s, decomposition.Vh
-        self.out_features, self.in_features = U.shape[0], Vh.shape[1]
-        self.kept_rank = kept_rank
         placed = {"device": device or U.device, "copy": True, "memory_format": torch.contiguous_format}
-        # U first: diffusers and transformers read the dtype of a model from its first parameter.
-        self.U = _frozen(U[:, :kept_rank].to(dtype=dtype, **placed))
+        maps = {
+            "up": frozen_linear(U[:, :kept_rank].to(dtype=dtype, **placed), bias if residual is None else None),
+            "down": frozen_linear(Vh[:kept_rank].to(dtype=dtype, **placed)),
+            "residual": None if residual is None else frozen_linear(residual.to(dtype=dtype, **placed), bias),
+        }
+        super().__init__(**maps)
+        self.kept_rank = kept_rank
         # A buffer, as it is small and of another dtype than the weights.
         self.register_buffer("s", s[:kept_rank].to(dtype=torch.float32, **placed))
-        self.Vh = _frozen(Vh[:kept_rank].to(dtype=dtype, **placed))
-        self.register_parameter("residual", None if residual is None else _frozen(residual.to(dtype=dtype, **placed)))
-        self.bias = bias
         self.cores = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
         self.enabled = True
@@ -71,8 +70,8 @@ class CersaLinear(KeepsFloat32):
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of everything that no training changes: the factors, and the places of sparse cores."""
-        factors = {name: getattr(self, name) for name in ("U", "Vh", "residual")}
-        return {name: tensor for name, tensor in factors.items() if tensor is not None} | dict(self.named_buffers())
+        maps = {"U": self.up, "Vh": self.down, "residual": self.residual}
+        return {name: linear.weight for name, linear in maps.items() if linear is not None} | dict(self.named_buffers())
 
     @property
     def base_kept(self) -> bool:
@@ -84,11 +83,6 @@ class CersaLinear(KeepsFloat32):
         """The replaced (m, n) weight on the CPU, or None if it was not kept or its file has changed since."""
         weight = self._dense[0]
         return weight.read() if isinstance(weight, StoredWeight) else weight
-
-    @property
-    def weight(self) -> Tensor:
-        """A weight on the meta device, with shape and dtype but no numbers: some models (T5) read the dtype of a layer."""
-        return torch.empty(self.out_features, self.in_features, dtype=self.U.dtype, device="meta")
 
     def forget_base(self) -> None:
         """Gives up the replaced weight: `restore_base` can then no longer put it back."""
@@ -114,7 +108,7 @@ class CersaLinear(KeepsFloat32):
         if core.rank < 1 or core.offset < 0 or core.region.stop > self.kept_rank:
             last = core.region.stop - 1
             raise ConfigError(f"a core on components {core.offset} to {last} does not fit: this layer keeps {self.kept_rank}")
-        self.cores[adapter_name] = core.to(self.U.device)
+        self.cores[adapter_name] = core.to(self.s.device)
         self.strengths[adapter_name] = strength
 
     def delete_core(self, adapter_name: str) -> None:
@@ -160,7 +154,7 @@ class CersaLinear(KeepsFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         core, offset = self.active_core()
-        return cersa_linear(x, self.U, self.s, self.Vh, core, self.bias, offset, self.residual)
+        return self.combine(changed_components(self.down(x), self.s, core, offset), x)
 
     def weight_change(self, strengths: Mapping[str, float] | None = None) -> Tensor:
         """``dW = U D Vh`` of the active cores as (m, n) in float64; `strengths` as in `active_core`."""
@@ -173,40 +167,14 @@ class CersaLinear(KeepsFloat32):
 
     def effective_weight(self, strengths: Mapping[str, float] | None = None) -> Tensor:
         """The dense (m, n) matrix this layer multiplies by, computed in float64, in dtype and on the device of the bases."""
-        weight = (float64(self.U) * float64(self.s)) @ float64(self.Vh) + self.weight_change(strengths)
+        U = self.U
+        weight = (float64(U) * float64(self.s)) @ float64(self.Vh) + self.weight_change(strengths)
         if self.residual is not None:
-            weight = weight + float64(self.residual)
-        return weight.to(self.U)
+            weight = weight + float64(self.R)
+        return weight.to(U)
 
     def extra_repr(self) -> str:
         residual = "dropped" if self.residual is None else "kept"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, kept_rank={self.kept_rank}, residual={residual}"
         )
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-class FusedLinear(nn.Linear):
-    """A dense layer that replaces a CERSA layer and keeps it for `cersa_diffusion.unfuse`.
-
-    Other libraries treat it as a plain `nn.Linear`: they can save or quantise it, or add a LoRA to it.
-
-    Args:
-        factored: the replaced layer; its bias is shared.
-        weight: (m, n) dense weight.
-    """
-
-    def __init__(self, factored: CersaLinear, weight: Tensor):
-        super().__init__(factored.in_features, factored.out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = factored.bias
-        # A tuple keeps the layer out of the module: its tensors are neither saved nor listed as parameters.
-        self._factored = (factored,)
-
-    @property
-    def factored(self) -> CersaLinear:
-        """The CERSA layer, on the device and in the dtype that it had when it was fused."""
-        return self._factored[0]

@@ -10,12 +10,21 @@ import torch
 from torch import nn
 
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
+from cersa_diffusion.layers.factored import FactoredLinear
+from cersa_diffusion.layers.fused import Fused
 from cersa_diffusion.layers.kinds import KINDS, as_dense, can_be_factored, matrix_of
-from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
+from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 # Dtypes of weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
 DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of a model, in model order, without the modules inside of CERSA layers."""
+    factored = (module for module in model.modules() if isinstance(module, FactoredLinear))
+    inside = {part for layer in factored for part in layer.modules() if part is not layer}
+    return {name: module for name, module in model.named_modules() if module not in inside}
 
 
 def match_targets(
@@ -34,7 +43,7 @@ def match_targets(
     Raises:
         ConfigError: no layer matches; the message lists the endings of all possible layers.
     """
-    candidates = {name: module for name, module in model.named_modules() if can_be_factored(module)}
+    candidates = {name: module for name, module in named_layers(model).items() if can_be_factored(module)}
     targets = {
         name: module
         for name, module in candidates.items()
@@ -66,10 +75,11 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         ConfigError: a weight is on the meta device, is quantised (whatever dtype it reports), or is shared by two modules.
         NonFiniteError: a weight holds NaN or infinity.
     """
+    for name, layer in layers.items():
+        if isinstance(layer, Fused):
+            raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
     check_untied(model, layers)
     for name, layer in layers.items():
-        if isinstance(layer, FusedLinear):
-            raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
         weight = layer.weight
         if weight.is_meta:
             raise ConfigError(f"layer {name} is on the meta device: load the weights before injecting")
@@ -110,15 +120,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child_name, module)
 
 
-def installed_layers(model: nn.Module) -> dict[str, CersaLinear | FusedLinear]:
+def installed_layers(model: nn.Module) -> dict[str, CersaLinear | Fused]:
     """Name -> module of all CERSA layers and fused layers of a model, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear | FusedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, CersaLinear | Fused)}
 
 
 def cersa_layers(model: nn.Module) -> dict[str, CersaLinear]:
     """Name -> layer of all CERSA layers of a model, in model order; a fused layer is represented by the CERSA layer in it."""
     modules = installed_layers(model)
-    return {name: module.factored if isinstance(module, FusedLinear) else module for name, module in modules.items()}
+    return {name: module.factored if isinstance(module, Fused) else module for name, module in modules.items()}
 
 
 def layers_by_key(components: Mapping[str, nn.Module]) -> dict[str, CersaLinear]:
@@ -127,9 +137,15 @@ def layers_by_key(components: Mapping[str, nn.Module]) -> dict[str, CersaLinear]
     return {f"{component}.{name}": layer for component, model in models for name, layer in cersa_layers(model).items()}
 
 
-def fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
+def fused_layers(model: nn.Module) -> dict[str, Fused]:
     """Name -> layer of all fused layers of a model, in model order."""
-    return {name: module for name, module in installed_layers(model).items() if isinstance(module, FusedLinear)}
+    return {name: module for name, module in installed_layers(model).items() if isinstance(module, Fused)}
+
+
+def placement(layer: CersaLinear | Fused) -> tuple[torch.device, torch.dtype]:
+    """The device and the compute dtype of a CERSA layer or of a fused one."""
+    weight = layer.U if isinstance(layer, FactoredLinear) else layer.weight
+    return weight.device, weight.dtype
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -152,8 +168,10 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     The tensors themselves are not copied: operations that write into cores must undo this themselves. The dense layers that the
     block replaces are not held, so that their memory is free at once: the CERSA layers in their place know the way back.
     """
-    classes = (*KINDS, CersaLinear, FusedLinear)
-    present = [(model, name, module) for model in models for name, module in model.named_modules() if isinstance(module, classes)]
+    classes = (*KINDS, CersaLinear, Fused)
+    present = [
+        (model, name, module) for model in models for name, module in named_layers(model).items() if isinstance(module, classes)
+    ]
     dense = [_DenseLayer(*layer) for layer in present if can_be_factored(layer[2])]
     modules = [layer for layer in present if not can_be_factored(layer[2])]
     del present

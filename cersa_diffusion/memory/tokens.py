@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cersa_diffusion.layers.kinds import can_be_factored
-from cersa_diffusion.layers.model import components_of
+from cersa_diffusion.layers.model import components_of, named_layers
 from cersa_diffusion.memory.cost import LayerInput
 
 
@@ -30,7 +30,7 @@ def count_tokens(model: nn.Module | Mapping[str, nn.Module], forward: Callable[[
         return hook
 
     for component, module in components_of(model).items():
-        for name, layer in module.named_modules():
+        for name, layer in named_layers(module).items():
             if can_be_factored(layer):
                 key = f"{component}.{name}"
                 inputs[key] = []

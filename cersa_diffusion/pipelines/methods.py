@@ -10,7 +10,7 @@ from torch import nn
 
 from cersa_diffusion.adapters import compose as composition
 from cersa_diffusion.adapters.file import DEFAULT_FILE_NAME, AdapterFile, from_state_dict, read_adapter_file, to_state_dict
-from cersa_diffusion.adapters.fuse import check_fusable, fuse, refuse_lora_on_fused, unfuse
+from cersa_diffusion.adapters.fuse import Form, check_form, check_fusable, fuse, refuse_lora_on_fused, unfuse
 from cersa_diffusion.adapters.hotswap import hotswap_adapter
 from cersa_diffusion.adapters.load import load_adapter
 from cersa_diffusion.adapters.save import save_adapter
@@ -170,19 +170,25 @@ def fuse_cersa(
     cersa_scale: float = 1.0,
     safe_fusing: bool = False,
     adapter_names: str | Sequence[str] | None = None,
+    *,
+    form: Form = "dense",
 ) -> None:
-    """Replaces the CERSA layers by layers with dense weights; `unfuse_cersa` reverses this bit for bit.
+    """Replaces the CERSA layers by layers that compute faster; `unfuse_cersa` reverses this bit for bit.
 
     Args:
         components: names of the models in the pipeline; default: all models with CERSA layers.
         cersa_scale: factor of all adapters, in addition to their strengths.
         safe_fusing: refuse weights that hold NaN or infinity.
         adapter_names: the adapters to fuse; default: all active ones.
+        form: "dense" for dense weights, which other libraries treat as plain layers; "factors" for two thin factors, of which
+            one holds the change.
 
     Raises:
-        ConfigError: a component has no CERSA layers or is already fused, or an adapter is unknown or not active.
+        ConfigError: a component has no CERSA layers or is already fused, an adapter is unknown or not active, or there is no
+            such form.
         NonFiniteError: with `safe_fusing`, a weight would hold NaN or infinity. In both cases nothing is fused.
     """
+    check_form(form)
     models = _chosen_models(self, components)
     if not models:
         raise ConfigError("no component has CERSA layers to fuse: load an adapter first")
@@ -198,7 +204,7 @@ def fuse_cersa(
         check_fusable(model, names_to_fuse[component])
     with without_offloading(self), all_or_nothing(*models.values()):
         for component, model in models.items():
-            fuse(model, names_to_fuse[component], scale=cersa_scale, safe=safe_fusing)
+            fuse(model, names_to_fuse[component], form=form, scale=cersa_scale, safe=safe_fusing)
 
 
 def unfuse_cersa(self, components: str | Sequence[str] | None = None) -> None:

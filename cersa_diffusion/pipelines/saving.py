@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from cersa_diffusion.layers.fused import FusedFactors
 from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import replace_module
@@ -16,22 +17,25 @@ from cersa_diffusion.layers.model import replace_module
 
 @contextmanager
 def dense_layers(
-    model: nn.Module, layers: Mapping[str, CersaLinear], weight: Callable[[str, CersaLinear], Tensor]
+    model: nn.Module,
+    layers: Mapping[str, CersaLinear | FusedFactors],
+    weight: Callable[[str, CersaLinear | FusedFactors], Tensor],
 ) -> Iterator[None]:
-    """Replaces CERSA layers by dense layers during the block.
+    """Replaces layers of a model by dense layers during the block.
 
     Args:
         model: the model.
-        layers: name -> CERSA layer, for the layers to replace.
-        weight: (name, CERSA layer) -> dense weight.
+        layers: name -> the layer there; for a fused layer, it or the CERSA layer in it.
+        weight: (name, layer) -> dense weight.
     """
+    present = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():
             replace_module(model, name, as_dense(layer, weight(name, layer)))
         yield
     finally:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
+        for name, module in present.items():
+            replace_module(model, name, module)
 
 
 def save_dense(model_class: type) -> None:
@@ -43,7 +47,7 @@ def save_dense(model_class: type) -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
-        layers = {name: module for name, module in self.named_modules() if isinstance(module, CersaLinear)}
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, CersaLinear | FusedFactors)}
         with dense_layers(self, layers, lambda _name, layer: layer.effective_weight().cpu()):
             return original(self, *args, **kwargs)
 

@@ -203,17 +203,86 @@ def test_fuse_and_unfuse(two):
     torch.testing.assert_close(fused, [two[i].effective_weight() for i in (0, 2, 4)])
 
 
-def test_ways_out_of_a_fused_model(network):
+@pytest.mark.parametrize("residual", ["drop", "keep"])
+def test_fuse_into_two_factors(network, residual):
+    cersa.inject_cersa(network, CersaConfig(rank=12, residual=residual), show_progress=False)
+    train(network)
+    cersa.add_adapter(network, "second")
+    cersa.set_adapters(network, "second")
+    train(network, steps=10)
+    cersa.set_adapters(network, ["default", "second"], [0.5, -2.0])
+    x = randn(4, 48)
+    layers, expected = cersa_layers(network), network(x)
+    factors = {name: (layer.U.clone(), layer.Vh.clone()) for name, layer in layers.items()}
+    weights = [layer.effective_weight() for layer in layers.values()]
+    cersa.fuse(network, form="factors")
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+    for name, weight in zip(layers, weights, strict=True):
+        fused, (U, Vh) = network.get_submodule(name), factors[name]
+        torch.testing.assert_close(fused.effective_weight(), weight, rtol=1e-4, atol=1e-5)
+        # The smaller factor is a new one, and the larger one is that of the CERSA layer.
+        wide = fused.out_features <= fused.in_features
+        assert torch.equal(fused.U, U) != wide and torch.equal(fused.Vh, Vh) == wide
+        shared = fused.down if wide else fused.up
+        assert shared.weight.data_ptr() == (layers[name].Vh if wide else layers[name].U).data_ptr()
+    assert not cersa.trainable_parameters(network)
+    cersa.unfuse(network)
+    assert cersa_layers(network) == layers and torch.equal(network(x), expected)
+    cersa.fuse(network, "second", scale=0.5, form="factors")
+    fused = [network[i].effective_weight() for i in (0, 2, 4)]
+    cersa.unfuse(network)
+    cersa.set_adapters(network, "second", -1.0)
+    torch.testing.assert_close(fused, [network[i].effective_weight() for i in (0, 2, 4)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_a_cast_of_a_fused_model_does_not_reach_the_factors(two, form):
+    before = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+    cersa.fuse(two, form=form)
+    two.bfloat16()(randn(4, 48, dtype=torch.bfloat16))
+    cersa.unfuse(two.float())
+    # The biases are no part of what is fused.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in two.state_dict().items() if not name.endswith("bias"))
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_the_adapters_of_a_fused_model_cannot_be_changed(two, form, tmp_path):
+    cersa.save_adapter(two, tmp_path / "adapter.safetensors", adapter_name="second")
+    cersa.fuse(two, form=form)
+    x = randn(4, 48)
+    expected = two(x)
+    for change in (
+        lambda: cersa.set_adapters(two, "default"),
+        lambda: cersa.disable_adapters(two),
+        lambda: cersa.delete_adapters(two, "default"),
+        lambda: cersa.add_adapter(two, "third"),
+        lambda: cersa.fuse(two, form=form),
+        lambda: cersa.load_adapter(two, tmp_path / "adapter.safetensors", adapter_name="third", show_progress=False),
+    ):
+        with raises(ConfigError, "fused"):
+            change()
+    assert torch.equal(two(x), expected)
+
+
+def test_an_unknown_form_is_refused(two):
+    with raises(ConfigError, "form", "sparse", "dense", "factors"):
+        cersa.fuse(two, form="sparse")
+    assert all(isinstance(two[i], CersaLinear) for i in (0, 2, 4))
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_ways_out_of_a_fused_model(network, form):
     cersa.inject_cersa(network, CersaConfig(alpha=0.9), keep_base=True, show_progress=False)
     train(network, steps=3)
     base, merged = copy.deepcopy(network), copy.deepcopy(network)
     cersa.restore_base(base)
     for model in (network, merged):
-        cersa.fuse(model)
+        cersa.fuse(model, form=form)
     x = randn(4, 48)
     fused = merged(x)
     cersa.merge(merged)
-    assert torch.equal(merged(x), fused) and type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged(x), fused, rtol=0 if form == "dense" else 1e-4, atol=0 if form == "dense" else 1e-5)
+    assert type(merged[0]) is nn.Linear
     cersa.restore_base(network)
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in network.state_dict().items())
 

@@ -229,8 +229,8 @@ def test_layers_left_dense_stay_bit_for_bit(tmp_path):
     model = cersa.load_compressed(tmp_path / "small").to(DEVICE)
     dense.to(DEVICE)
     assert set(cersa_layers(model)) == set(report.layers)
-    bases = {f"{name}.{basis}" for name in report.layers for basis in ("U", "Vh")}
-    kept = {name: parameter for name, parameter in model.named_parameters() if name not in bases}
+    bases = {f"{name}.{linear}.weight" for name in report.layers for linear in ("up", "down")}
+    kept = {name.replace(".up.bias", ".bias"): tensor for name, tensor in model.named_parameters() if name not in bases}
     assert all(torch.equal(kept[name], tensor) for name, tensor in dense.named_parameters() if name in kept)
     assert set(kept) == {name for name, _ in dense.named_parameters()} - {f"{name}.weight" for name in report.layers}
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cersa_diffusion import CersaLinear, ConfigError
 from cersa_diffusion.functional import decompose, energy_rank
 from cersa_diffusion.layers.core import DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
+from cersa_diffusion.layers.fused import FusedFactors
 from cersa_diffusion.layers.kinds import build_layer
 from cersa_diffusion.weights.cache import leading_factors
 from cersa_diffusion.weights.stored import FinestWeight
@@ -95,7 +96,7 @@ def test_only_the_core_is_a_parameter_that_training_changes():
         optimizer.zero_grad()
         layer(randn(8, 30)).square().sum().backward()
         optimizer.step()
-    assert {"U", "Vh"} <= frozen.keys()
+    assert frozen.keys() == {"up.weight", "up.bias", "down.weight"}
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_parameters(layer).items())
     assert not torch.equal(layer.cores["default"].D, before)
 
@@ -303,6 +304,21 @@ def test_a_layer_takes_few_kernels(dtype, most):
     with Kernels() as kernels:
         layer(x)
     assert len(kernels.names) <= most, kernels.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+@pytest.mark.parametrize("beta", [0.9, 0.7])
+def test_a_layer_with_fused_factors_takes_two_kernels(shape, dtype, beta):
+    _, layer = make_layer(*shape, beta=beta, dtype=dtype)
+    x = randn(2, 3, shape[1], dtype=dtype)
+    fused = FusedFactors(layer, {"default": 0.5})
+    layer.strengths["default"] = 0.5
+    with Kernels() as kernels:
+        y = fused(x)
+    assert len(kernels.names) == 2 and y.dtype == dtype, kernels.names
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(y, layer(x), rtol=tolerance, atol=tolerance)
 
 
 def test_torch_compile_has_no_graph_breaks():

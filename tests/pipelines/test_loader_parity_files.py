@@ -1,6 +1,7 @@
 """The behaviours that users of the LoRA loader rely on, by their numbers in our list: 27 to 37, files, devices and hot swap."""
 
 import shutil
+from functools import partial
 
 import pytest
 import safetensors
@@ -129,7 +130,8 @@ def check_offloaded_loading(adapter_file, enable, is_offloaded):
         each.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
     assert is_offloaded(pipe)
     torch.testing.assert_close(picture(pipe), picture(plain), rtol=0, atol=1e-5 if DEVICE.type == "cpu" else 1e-3)
-    for change in (pipe.fuse_cersa, pipe.unfuse_cersa, pipe.unload_cersa_weights):
+    factors = partial(pipe.fuse_cersa, form="factors")
+    for change in (pipe.fuse_cersa, pipe.unfuse_cersa, factors, pipe.unfuse_cersa, pipe.unload_cersa_weights):
         change()
         assert is_offloaded(pipe)
         picture(pipe)
@@ -164,14 +166,15 @@ def test_parity_34_sequential_offload_comes_back_after_loading(adapter_file):
 
 
 def test_parity_34_offloading_hooks_bring_the_cores_to_the_device(adapter_file):
-    """What sequential offload puts on every module with parameters of its own: here on all CERSA layers and cores."""
+    """What sequential offload puts on every module with tensors of its own: here on CERSA layers, their maps and their cores."""
     plain, pipe = pipeline("sd1"), pipeline("sd1")
     for each in (plain, pipe):
         for seed, name in enumerate("ab"):
             each.load_cersa_weights(adapter_file("sd1", seed=seed), adapter_name=name)
     for layer in cersa_modules(pipe):
-        for module in (layer, *layer.cores.values()):
+        for module in (layer, layer.up, layer.down, *layer.cores.values()):
             add_hook_to_module(module, AlignDevicesHook(execution_device=DEVICE, offload=True))
+    assert all(layer.U.is_meta and layer.Vh.is_meta for layer in cersa_modules(pipe))
     assert all(core.D.is_meta for layer in cersa_modules(pipe) for core in layer.cores.values())
     assert torch.equal(picture(pipe), picture(plain))
     for each in (plain, pipe):

@@ -272,10 +272,11 @@ def test_deleting_gives_layers_without_an_adapter_their_weight_back(adapter_file
     assert torch.equal(small.picture(pipe), small.picture(only_text))
 
 
-def test_fused_layers_are_not_changed_behind_the_back(adapter_file, tmp_path):
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_fused_layers_are_not_changed_behind_the_back(adapter_file, tmp_path, form):
     pipe = small.pipeline("sd1")
     pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="a")
-    pipe.fuse_cersa()
+    pipe.fuse_cersa(form=form)
     fused = small.picture(pipe)
     for change in (
         lambda: pipe.load_cersa_weights(adapter_file("sd1"), adapter_name="b"),
@@ -297,24 +298,27 @@ def test_fused_layers_are_not_changed_behind_the_back(adapter_file, tmp_path):
     torch.testing.assert_close(small.picture(pipe), fused, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["dense", "factors"])
 @pytest.mark.parametrize("moved", [torch.float16, torch.float32])
-def test_unfuse_after_a_dtype_move(adapter_file, moved):
+def test_unfuse_after_a_dtype_move(adapter_file, moved, form):
     pipe, expected = small.pipeline("sd1"), small.pipeline("sd1")
     for each in (pipe, expected):
         each.load_cersa_weights(adapter_file("sd1"))
-    pipe.fuse_cersa()
+    pipe.fuse_cersa(form=form)
     pipe.to(moved)
     pipe.unfuse_cersa()
     expected.to(moved)
     assert torch.equal(small.picture(pipe), small.picture(expected))
 
 
-def test_fused_and_merged_pipelines_are_plain_to_stock_diffusers(adapter_file, tmp_path):
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_fused_and_merged_pipelines_are_plain_to_stock_diffusers(adapter_file, tmp_path, form):
     pipe = small.pipeline("sdxl")
     pipe.load_cersa_weights(adapter_file("sdxl"), strength=0.5)
-    pipe.fuse_cersa()
+    pipe.fuse_cersa(form=form)
     adapted = small.picture(pipe)
     pipe.save_pretrained(tmp_path / "fused")
+    assert torch.equal(small.picture(pipe), adapted)
     for model in small.adapted_components(pipe).values():
         cersa.merge(model)
         assert all(type(module) is torch.nn.Linear for name, module in model.named_modules() if name.endswith("to_q"))
@@ -368,6 +372,10 @@ def test_a_lora_goes_on_top_of_a_fused_adapter(adapter_file, lora_file):
     with raises(ValueError, "CersaLinear"):
         pipe.load_lora_weights(lora_file)
     assert torch.equal(small.picture(pipe), adapted)
+    pipe.fuse_cersa(form="factors")
+    with raises(ValueError, "FusedFactors"):
+        pipe.load_lora_weights(lora_file)
+    pipe.unfuse_cersa()
     pipe.fuse_cersa()
     fused = small.picture(pipe)
     pipe.load_lora_weights(lora_file)
