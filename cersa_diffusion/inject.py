@@ -149,9 +149,8 @@ def inject_cersa(
     names = list(targets)
     # The weights are dropped one by one, so nothing here may hold them.
     del targets
-    rows = []
+    rows, device = [], None if device is None else torch.device(device)
     with all_or_nothing(model):
-        device = None if device is None else torch.device(device)
         for name, layer, factors, layer_ranks in _built_layers(model, shapes, config, ranks, device, dtype, show_progress):
             # In this thread and in model order: random cores depend on the order.
             layer.add_core(adapter_name, new_core(name, config, layer_ranks, factors))

@@ -12,8 +12,8 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import Decomposition, Pivots, float64
 from cersa_diffusion.layers.core import Core, DiagonalCore, MatrixCore, SparseCore, banded_places, random_places, top_places
 from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.quantised import dequantise, quantised_format
 from cersa_diffusion.weights.fingerprint import base_entries
-from cersa_diffusion.weights.quantised import dequantise, quantised_format
 from cersa_diffusion.weights.stored import FinestWeight
 
 
@@ -72,7 +72,7 @@ def _quantised_form(layer: nn.Module) -> MatrixForm:
     return MatrixForm((layer.out_features, layer.in_features), dtype, layer.weight.device)
 
 
-# The classes of optional libraries, or plain layers whose weight is quantised: `weights.quantised` recognises them.
+# The classes of optional libraries, or plain layers whose weight is quantised: `layers.quantised` recognises them.
 QUANTISED = LayerKind(matrix=dequantise, form=_quantised_form, cersa_class=CersaLinear, dense=_linear)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import Decomposition, Pivots, cersa_linear, choose_pivots, float64
 from cersa_diffusion.layers.core import Core, KeepsFloat32
-from cersa_diffusion.weights.quantised import dequantise
+from cersa_diffusion.layers.quantised import dequantise
 from cersa_diffusion.weights.stored import StoredWeight
 
 

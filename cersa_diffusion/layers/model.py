@@ -12,7 +12,7 @@ from torch import nn
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.layers.kinds import KINDS, can_be_factored, form_of, is_quantised, matrix_of, original_layer
 from cersa_diffusion.layers.linear import CersaLinear, FusedLinear
-from cersa_diffusion.weights.quantised import quantised_format
+from cersa_diffusion.layers.quantised import quantised_format
 from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
 # Dtypes of plain weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.

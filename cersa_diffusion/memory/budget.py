@@ -15,9 +15,9 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
 from cersa_diffusion.layers.kinds import form_of, is_quantised
 from cersa_diffusion.layers.model import compute_dtype, finest_matrix
+from cersa_diffusion.layers.quantised import stored_bytes
 from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, LayerInput, cersa_memory, is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
-from cersa_diffusion.weights.quantised import stored_bytes
 from cersa_diffusion.weights.stored import Checkpoint
 
 # How the energies of several layers are combined into one number.
