@@ -11,12 +11,13 @@ from torch import nn
 from cersa_diffusion.config import CersaConfig, LayerRanks
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import kept_energy
-from cersa_diffusion.layers.kinds import as_dense, build_layer, matrix_of, new_core
+from cersa_diffusion.layers.kinds import as_dense, build_layer, form_of, new_core, original_layer
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import (
     all_or_nothing,
     cersa_layers,
     check_layers,
+    compute_dtype,
     finest_matrix,
     installed_layers,
     match_targets,
@@ -98,7 +99,7 @@ def _known_ranks(
         differing = sorted(set(ranks) ^ set(targets))
         raise ConfigError(f"ranks and targets differ in {len(differing)} layers, e.g. {differing[:3]}: give ranks for each")
     for name, layer_ranks in ranks.items():
-        shape = tuple(matrix_of(targets[name]).shape)
+        shape = form_of(targets[name]).shape
         if layer_ranks is not None and not 1 <= layer_ranks.core <= layer_ranks.kept <= min(shape):
             raise ConfigError(
                 f"layer {name} of shape {shape} cannot have {layer_ranks}: expected 1 <= core <= kept <= {min(shape)}"
@@ -131,9 +132,10 @@ def inject_cersa(
         ranks: layer name -> ranks, or None for a layer that stays dense: the result of `choose_ranks` for a budget that several
             models share, or for other conditions of training. They take precedence over the settings.
         keep_base: keep the replaced weights for `restore_base`: as a copy in CPU memory, or as a reference to the checkpoint
-            file if the weights in memory still equal those in it.
-        device, dtype: of the factors; default: those of the weights. A model in CPU memory can so be moved to a GPU without ever
-            being there in dense form; move and cast the rest of it afterwards, biases included, with ``model.to(device, dtype)``.
+            file if the weights in memory still equal those in it. Quantised layers are kept themselves, where they are.
+        device, dtype: of the factors; default: those of the weights, or the dtype in which a quantised layer computes. A model
+            in CPU memory can so be moved to a GPU without ever being there in dense form; move and cast the rest of it
+            afterwards, biases included, with ``model.to(device, dtype)``.
         show_progress: show a bar with layer names and remaining time.
 
     Raises:
@@ -144,14 +146,13 @@ def inject_cersa(
     targets = match_targets(model, config.target_modules, config.exclude_modules)
     check_layers(model, targets)
     ranks = _known_ranks(model, targets, config, ranks, show_progress)
-    shapes = {name: tuple(matrix_of(layer).shape) for name, layer in targets.items() if ranks is None or ranks[name] is not None}
+    shapes = {name: form_of(layer).shape for name, layer in targets.items() if ranks is None or ranks[name] is not None}
     names = list(targets)
     # The weights are dropped one by one, so nothing here may hold them.
     del targets
-    rows = []
+    rows, device = [], None if device is None else torch.device(device)
     with all_or_nothing(model):
-        placed = {"device": None if device is None else torch.device(device), "dtype": dtype}
-        for name, layer, factors, layer_ranks in _built_layers(model, shapes, config, ranks, placed, show_progress):
+        for name, layer, factors, layer_ranks in _built_layers(model, shapes, config, ranks, device, dtype, show_progress):
             # In this thread and in model order: random cores depend on the order.
             layer.add_core(adapter_name, new_core(name, config, layer_ranks, factors))
             replace_module(model, name, layer)
@@ -173,7 +174,8 @@ def _built_layers(
     shapes: Mapping[str, tuple[int, int]],
     config: CersaConfig,
     ranks: RanksByLayer | None,
-    placed: dict,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
     show_progress: bool,
 ) -> Iterator[tuple[str, CersaLinear, LeadingFactors, LayerRanks]]:
     """The CERSA layers without cores, in model order, with their factors and ranks; a target that stays dense has none."""
@@ -187,8 +189,9 @@ def _built_layers(
             layer_ranks = ranks_of(factors.s)
             if ranks is None and config.unprofitable == "skip" and not is_profitable(*shape, layer_ranks, config):
                 return None
-            options = {"keep_residual": config.residual == "keep", "pivots": factors.pivots, **placed}
-            layer = build_layer(model.get_submodule(name), factors, layer_ranks.kept, weight, **options)
+            dense = model.get_submodule(name)
+            options = {"keep_residual": config.residual == "keep", "device": device, "pivots": factors.pivots}
+            layer = build_layer(dense, factors, layer_ranks.kept, weight, dtype=dtype or compute_dtype(model, dense), **options)
             return layer, factors, layer_ranks
 
         return LayerJob(name, shape, lambda: finest_matrix(model, name, checkpoint), lambda s: ranks_of(s).kept, build)
@@ -220,7 +223,7 @@ def merge(model: nn.Module) -> None:
 
 
 def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> None:
-    """Puts back the weights that injection replaced, bit for bit, and removes all cores.
+    """Puts back the weights that injection replaced, bit for bit, or the quantised layers themselves, and removes all cores.
 
     The layers of a compressed checkpoint (`cersa_diffusion.load_compressed`) are the base itself: only their cores are removed.
 
@@ -235,8 +238,8 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
     if layer_names is not None:
         layers = {name: layers[name] for name in layer_names}
     # All weights are read before anything is changed, because a checkpoint on disk may be gone.
-    weights = {name: layer.dense_weight for name, layer in layers.items() if not layer.is_base}
-    for name, weight in weights.items():
+    replaced = {name: layer.replaced for name, layer in layers.items() if not layer.is_base}
+    for name, weight in replaced.items():
         if weight is None:
             raise ConfigError(
                 f"the base weight of layer {name} was not kept (inject with keep_base=True), or its file has changed since: load "
@@ -249,4 +252,4 @@ def restore_base(model: nn.Module, layer_names: Iterable[str] | None = None) -> 
                 layer.delete_core(adapter_name)
             replace_module(model, name, layer.to(*placed))
         else:
-            replace_module(model, name, as_dense(layer, weights[name].to(*placed)))
+            replace_module(model, name, original_layer(layer, replaced[name], *placed))

@@ -68,6 +68,8 @@ LOAD_BEST_MODEL = PrivateName("transformers", "Trainer._load_best_model", "going
 DEQUANTISE = PrivateName("peft.utils.integrations", "dequantize_module_weight", "reading quantised factors")
 
 # diffusers.
+DEQUANTIZE_GGUF = PrivateName("diffusers.quantizers.gguf.utils", "dequantize_gguf_tensor", "bases from GGUF files")
+GGUF_LINEAR = PrivateName("diffusers.quantizers.gguf.utils", "GGUFLinear", DEQUANTIZE_GGUF.purpose)
 REAPPLY_GROUP_OFFLOADING = PrivateName(
     "diffusers.hooks.group_offloading", "_maybe_remove_and_reapply_group_offloading", "changing the layers of an offloaded model"
 )

@@ -187,7 +187,7 @@ def test_the_residual_is_where_the_weight_is():
         factors = Decomposition(torch.empty(6, 6), torch.empty(6), torch.empty(6, 8))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("cersa_diffusion.layers.kinds.base_entries", lambda weight: ())
-            layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), keep_residual=True)
+            layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), dtype=linear.weight.dtype, keep_residual=True)
         assert layer.R.device == layer.U.device == linear.weight.device != factors.U.device
 
 

@@ -15,13 +15,14 @@ from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError
 from cersa_diffusion.functional import Decomposition, block_to_core, float64
 from cersa_diffusion.layers.core import MatrixCore
 from cersa_diffusion.layers.fused import Fused
-from cersa_diffusion.layers.kinds import KINDS, build_layer, matrix_of
+from cersa_diffusion.layers.kinds import KINDS, build_layer, form_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import (
     LONE_COMPONENT,
     all_or_nothing,
     check_layers,
     components_of,
+    compute_dtype,
     finest_matrix,
     named_layers,
     replace_module,
@@ -208,9 +209,9 @@ def _solved_layers(
         load = partial(finest_matrix, components[component], name, checkpoints[component])
         build = partial(_build, key, components[component], targets[key])
         if stored.bases is None:
-            jobs.append(LayerJob(key, tuple(matrix_of(module).shape), load, lambda s, k=stored.kept_rank: k, build))
+            jobs.append(LayerJob(key, form_of(module).shape, load, lambda s, k=stored.kept_rank: k, build))
         else:
-            factors = Decomposition(*(factor.to(matrix_of(module).device, torch.float32) for factor in stored.bases))
+            factors = Decomposition(*(factor.to(form_of(module).device, torch.float32) for factor in stored.bases))
             del module
             yield build(load(), factors)
     with decompose_layers(jobs, show_progress=show_progress) as solved:
@@ -227,7 +228,8 @@ def _build(key: str, model: nn.Module, target: Target, weight: FinestWeight, fac
         matrix = float64(weight.tensor.to(factors.U.device))
         singular_values = ((float64(factors.U[:, leading]).T @ matrix) * float64(factors.Vh[leading])).sum(1)
     dense = model.get_submodule(target.name)
-    layer = build_layer(dense, factors, stored.kept_rank, weight, keep_residual=stored.residual_kept, pivots=pivots)
+    options = {"dtype": compute_dtype(model, dense), "keep_residual": stored.residual_kept, "pivots": pivots}
+    layer = build_layer(dense, factors, stored.kept_rank, weight, **options)
     difference = _base_difference(singular_values, layer.base_entries, stored)
     # The core is computed from the factors before the layer rounds them to its dtype.
     return _Solved(key, layer, solve_core(factors, stored), difference)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cersa_diffusion.adapters.file import AdapterFile, StoredLayer
 from cersa_diffusion.adapters.load import resolve_layers, solve_core
-from cersa_diffusion.layers.kinds import matrix_of
+from cersa_diffusion.layers.kinds import form_of
 from cersa_diffusion.layers.model import finest_matrix
 from cersa_diffusion.weights.cache import LeadingFactors
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
@@ -88,7 +88,7 @@ def compare_adapters(
         for name, (component, module_name, module, _) in targets.items():
             load = partial(finest_matrix, base[component], module_name, checkpoints[component])
             rank = max(a.layers[name].kept_rank, b.layers[name].kept_rank)
-            jobs.append(LayerJob(name, tuple(matrix_of(module).shape), load, lambda s, k=rank: k))
+            jobs.append(LayerJob(name, form_of(module).shape, load, lambda s, k=rank: k))
         with decompose_layers(jobs, show_progress=show_progress) as decomposed:
             rows = [_compare_cores(name, factors, a.layers[name], b.layers[name]) for name, factors in decomposed]
     for adapter, other, note in ((a, b, "only in the first"), (b, a, "only in the second")):

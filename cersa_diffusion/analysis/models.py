@@ -25,7 +25,7 @@ from cersa_diffusion.compressed.folder import (
 from cersa_diffusion.errors import BaseMismatchError, ConfigError, NonFiniteError
 from cersa_diffusion.inject import merge
 from cersa_diffusion.layers.fused import Fused
-from cersa_diffusion.layers.kinds import can_be_factored, matrix_of
+from cersa_diffusion.layers.kinds import can_be_factored, form_of, matrix_of
 from cersa_diffusion.layers.linear import CersaLinear
 from cersa_diffusion.layers.model import name_matches, named_layers
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, load_lora
@@ -206,7 +206,7 @@ def _layers(source: Source | Opened) -> Layers:
             if isinstance(module, CersaLinear | Fused):
                 layers[prefix + name] = (module.out_features, module.in_features), module.effective_weight
             elif can_be_factored(module):
-                layers[prefix + name] = tuple(matrix_of(module).shape), lambda module=module: matrix_of(module).detach()
+                layers[prefix + name] = form_of(module).shape, lambda module=module: matrix_of(module).detach()
     return layers
 
 

@@ -9,6 +9,7 @@ from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import Decomposition, Pivots, changed_components, choose_pivots, float64
 from cersa_diffusion.layers.core import Core, KeepsFloat32
 from cersa_diffusion.layers.factored import FactoredLinear, frozen_linear
+from cersa_diffusion.layers.quantised import dequantise
 from cersa_diffusion.weights.stored import StoredWeight
 
 
@@ -25,7 +26,8 @@ class CersaLinear(FactoredLinear, KeepsFloat32):
         bias: the bias of the replaced layer, or None; shared, not copied.
         dtype: compute dtype of the bases.
         device: device of the layer; default: that of the decomposition.
-        dense_weight: the replaced weight for an exact restoration, kept in CPU memory or as a reference to its file; or None.
+        dense_weight: for an exact restoration, the replaced weight, kept in CPU memory or as a reference to its file, or the
+            replaced layer itself if it is quantised; or None.
         residual: (m, n) part of the weight outside the kept components, or None if it is dropped.
         pivots: the pivots of the decomposition, if they are known; default: computed when they are first needed.
     """
@@ -39,7 +41,7 @@ class CersaLinear(FactoredLinear, KeepsFloat32):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         device: torch.device | None = None,
-        dense_weight: Tensor | StoredWeight | None = None,
+        dense_weight: Tensor | StoredWeight | nn.Module | None = None,
         residual: Tensor | None = None,
         pivots: Pivots | None = None,
     ):
@@ -64,8 +66,9 @@ class CersaLinear(FactoredLinear, KeepsFloat32):
         if isinstance(dense_weight, Tensor):
             dense_weight = dense_weight.detach().cpu().requires_grad_(dense_weight.requires_grad)
         # First component -> pivots of the components from it on. The bases are frozen, so they are chosen only once.
-        self._pivots = {} if pivots is None else {0: Pivots(*(indices[:kept_rank] for indices in pivots))}
-        # A tuple keeps the weight out of the module: out of its state dict and off the GPU.
+        # Copied, because those of the cache would keep its whole file mapped into memory.
+        self._pivots = {} if pivots is None else {0: Pivots(*(indices[:kept_rank].clone() for indices in pivots))}
+        # A tuple keeps the weight out of the module: out of its state dict, and where it is.
         self._dense = (dense_weight,)
 
     def frozen_tensors(self) -> dict[str, Tensor]:
@@ -79,10 +82,16 @@ class CersaLinear(FactoredLinear, KeepsFloat32):
         return self._dense[0] is not None
 
     @property
+    def replaced(self) -> Tensor | nn.Module | None:
+        """The replaced (m, n) weight on the CPU, or the quantised layer; None if it was not kept or its file has changed."""
+        kept = self._dense[0]
+        return kept.read() if isinstance(kept, StoredWeight) else kept
+
+    @property
     def dense_weight(self) -> Tensor | None:
-        """The replaced (m, n) weight on the CPU, or None if it was not kept or its file has changed since."""
-        weight = self._dense[0]
-        return weight.read() if isinstance(weight, StoredWeight) else weight
+        """The replaced (m, n) weight, dequantised if it was quantised; None as in `replaced`."""
+        replaced = self.replaced
+        return dequantise(replaced) if isinstance(replaced, nn.Module) else replaced
 
     def forget_base(self) -> None:
         """Gives up the replaced weight: `restore_base` can then no longer put it back."""

@@ -5,6 +5,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -12,11 +13,12 @@ from torch import nn
 from cersa_diffusion.errors import CersaError, ConfigError, NonFiniteError
 from cersa_diffusion.layers.factored import FactoredLinear
 from cersa_diffusion.layers.fused import Fused
-from cersa_diffusion.layers.kinds import KINDS, as_dense, can_be_factored, matrix_of
+from cersa_diffusion.layers.kinds import KINDS, can_be_factored, form_of, is_quantised, matrix_of, original_layer
 from cersa_diffusion.layers.linear import CersaLinear
+from cersa_diffusion.layers.quantised import quantised_format
 from cersa_diffusion.weights.stored import Checkpoint, FinestWeight
 
-# Dtypes of weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
+# Dtypes of plain weights with enough digits for a decomposition; dtypes with fewer bits are quantised and need separate scales.
 DECOMPOSABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,7 +40,7 @@ def match_targets(
         exclude_modules: the same forms without "all-linear".
 
     Returns:
-        Module name -> layer, of the classes in `KINDS`.
+        Module name -> layer, of the classes in `KINDS` or quantised.
 
     Raises:
         ConfigError: no layer matches; the message lists the endings of all possible layers.
@@ -54,6 +56,9 @@ def match_targets(
         endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
         replaced = sum(isinstance(module, CersaLinear) for module in model.modules())
         hint = f"; {replaced} layers are already CERSA layers: add_adapter adds an adapter to them" if replaced else ""
+        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
+        others -= {type(module).__name__ for module in (*candidates.values(), *installed_layers(model).values())}
+        hint += f"; layers of the classes {sorted(others)} cannot be decomposed" if others else ""
         raise ConfigError(
             f"target_modules={target_modules!r} matches no nn.Linear of {type(model).__name__}: "
             f"its linear layers end in {endings}{hint}"
@@ -69,10 +74,11 @@ def name_matches(name: str, pattern: str | list[str]) -> bool:
 
 
 def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Refuses layers that cannot be decomposed.
+    """Refuses layers that cannot be decomposed. Quantised layers are dequantised for it, one at a time.
 
     Raises:
-        ConfigError: a weight is on the meta device, is quantised (whatever dtype it reports), or is shared by two modules.
+        ConfigError: a weight is on the meta device, is quantised in an unknown way or cannot be dequantised now, or is shared by
+            two modules.
         NonFiniteError: a weight holds NaN or infinity.
     """
     for name, layer in layers.items():
@@ -80,16 +86,20 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             raise ConfigError(f"layer {name} is fused: call unfuse_cersa() (or cersa_diffusion.unfuse) first, or merge")
     check_untied(model, layers)
     for name, layer in layers.items():
-        weight = layer.weight
+        weight, form = layer.weight, quantised_format(layer)
         if weight.is_meta:
             raise ConfigError(f"layer {name} is on the meta device: load the weights before injecting")
-        if weight.dtype not in DECOMPOSABLE or type(weight) not in (torch.Tensor, nn.Parameter):
+        if form is None and (weight.dtype not in DECOMPOSABLE or type(weight) not in (torch.Tensor, nn.Parameter)):
             raise ConfigError(
                 f"layer {name} holds a {type(weight).__name__} of {weight.dtype}, expected a plain weight in one of "
-                f"{', '.join(str(dtype) for dtype in DECOMPOSABLE)}: dequantise it (without layerwise casting) or exclude it"
+                f"{', '.join(str(dtype) for dtype in DECOMPOSABLE)}, or one quantised by bitsandbytes, gguf or torchao: "
+                "dequantise it (without layerwise casting) or exclude it"
             )
+        problem = form and form.problem(layer)
+        if problem:
+            raise ConfigError(f"layer {name} ({type(layer).__name__} of {form.library}) cannot be dequantised: {problem}")
         # The extremes pass NaN on, and one pass over the weight needs no memory.
-        if not all(map(math.isfinite, torch.stack(weight.detach().aminmax()).tolist())):
+        if not all(map(math.isfinite, torch.stack(matrix_of(layer).detach().aminmax()).tolist())):
             raise NonFiniteError(f"layer {name} holds NaN or infinity: this checkpoint is damaged")
 
 
@@ -107,9 +117,25 @@ def check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 def finest_matrix(model: nn.Module, name: str, checkpoint: Checkpoint) -> FinestWeight:
     """The matrix of a dense layer with the most exact numbers that memory and checkpoint hold.
 
-    Looked up by name, so that a caller need not hold the layer until then.
+    Looked up by name, so that a caller need not hold the layer until then. A quantised layer multiplies by its own numbers, not
+    by those of a checkpoint.
     """
-    return checkpoint.finest(name, matrix_of(model.get_submodule(name)))
+    layer = model.get_submodule(name)
+    return FinestWeight(matrix_of(layer).cpu()) if is_quantised(layer) else checkpoint.finest(name, matrix_of(layer))
+
+
+def compute_dtype(model: nn.Module, layer: nn.Module) -> torch.dtype:
+    """The dtype that a dense layer computes in; for a quantised layer that takes any, the dtype of the rest of the model."""
+    return form_of(layer).dtype or _dtype_outside_quantised_layers(model)
+
+
+def _dtype_outside_quantised_layers(model: nn.Module) -> torch.dtype:
+    others = (module for module in model.modules() if not is_quantised(module))
+    parameters = (parameter for module in others for parameter in module.parameters(recurse=False))
+    # The biases of quantised layers come last: their layers may cast them.
+    biases = (module.bias for module in model.modules() if is_quantised(module) and module.bias is not None)
+    floating = (parameter.dtype for parameter in chain(parameters, biases) if parameter.is_floating_point())
+    return next(floating, torch.get_default_dtype())
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -195,7 +221,7 @@ class _DenseLayer:
     """A dense layer of a model, without holding it."""
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module):
-        self.model, self.name, self.module, self.device = model, name, weakref.ref(module), matrix_of(module).device
+        self.model, self.name, self.module, self.device = model, name, weakref.ref(module), form_of(module).device
 
     def put_back(self) -> None:
         """Puts the layer back in its place: the module itself if somebody still holds it, else one with its weight."""
@@ -203,10 +229,10 @@ class _DenseLayer:
         if current is module or (module is None and can_be_factored(current)):
             return  # an inner block has put it back
         if module is None:
-            weight = current.dense_weight
-            if weight is None:
+            replaced = current.replaced
+            if replaced is None:
                 raise CersaError(
                     f"layer {self.name} cannot be put back, because the file of its weight has changed: load the model again"
                 )
-            module = as_dense(current, weight.to(self.device))
+            module = original_layer(current, replaced, self.device)
         replace_module(self.model, self.name, module)

@@ -14,8 +14,9 @@ from cersa_diffusion.config import CersaConfig, LayerRanks, parse_bytes
 from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.functional import energy_rank, float64
 from cersa_diffusion.layers.blocks import Group, block_groups, share_ranks
-from cersa_diffusion.layers.kinds import matrix_of
-from cersa_diffusion.layers.model import finest_matrix
+from cersa_diffusion.layers.kinds import form_of, is_quantised
+from cersa_diffusion.layers.model import compute_dtype, finest_matrix
+from cersa_diffusion.layers.quantised import stored_bytes
 from cersa_diffusion.memory.cost import FLOAT32, OPTIMIZERS, DenseLayer, LayerInput, cersa_memory, is_profitable
 from cersa_diffusion.weights.decompose import LayerJob, decompose_layers
 from cersa_diffusion.weights.stored import Checkpoint
@@ -82,9 +83,9 @@ def survey(
         load = partial(finest_matrix, components[component], layer, checkpoints[component])
         # A budget or another layer of the group may choose any rank, so the cache keeps all singular vectors.
         choose_rank = len if config.needs_all_layers else config.kept_rank
-        return LayerJob(name, tuple(matrix_of(linear).shape), load, choose_rank, lambda weight, factors: factors.s)
+        return LayerJob(name, form_of(linear).shape, load, choose_rank, lambda weight, factors: factors.s)
 
-    dense = dense_layers({name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
+    dense = dense_layers(components, {name: linear for name, (linear, _) in targets.items()}, weight_dtype, tokens)
     jobs = [job(name, *target) for name, target in targets.items()]
     with decompose_layers(jobs, show_progress=show_progress) as spectra:
         return [TargetLayer(name, dense[name], targets[name][1], spectrum, groups[name]) for name, spectrum in spectra]
@@ -98,7 +99,7 @@ def _groups_by_name(
     for component, model in components.items():
         prefix = f"{component}."
         shapes = {
-            name.removeprefix(prefix): tuple(matrix_of(linear).shape)
+            name.removeprefix(prefix): form_of(linear).shape
             for name, (linear, config) in targets.items()
             if name.startswith(prefix) and config.uniform_blocks
         }
@@ -108,11 +109,15 @@ def _groups_by_name(
 
 
 def dense_layers(
-    linears: Mapping[str, nn.Module], weight_dtype: torch.dtype | None, tokens: Mapping[str, LayerInput] | None
+    components: Mapping[str, nn.Module],
+    linears: Mapping[str, nn.Module],
+    weight_dtype: torch.dtype | None,
+    tokens: Mapping[str, LayerInput] | None,
 ) -> dict[str, DenseLayer]:
     """What the memory formulas need to know about the target layers.
 
     Args:
+        components: name -> model.
         linears: "component.layer name" -> layer, in model order.
         weight_dtype, tokens: see `survey`.
 
@@ -120,13 +125,17 @@ def dense_layers(
         ConfigError: a target layer has no entry in `tokens`.
     """
     sources: set[int | None] = set()
-    return {name: _dense_layer(name, linear, weight_dtype, tokens, sources) for name, linear in linears.items()}
+    rows = {}
+    for name, linear in linears.items():
+        dtype = weight_dtype or compute_dtype(components[name.partition(".")[0]], linear)
+        rows[name] = _dense_layer(name, linear, dtype, tokens, sources)
+    return rows
 
 
 def _dense_layer(
     name: str,
     linear: nn.Module,
-    weight_dtype: torch.dtype | None,
+    dtype: torch.dtype,
     tokens: Mapping[str, LayerInput] | None,
     sources: set[int | None],
 ) -> DenseLayer:
@@ -139,9 +148,8 @@ def _dense_layer(
     rows, source = (0, None) if tokens is None else (tokens[name].rows, tokens[name].source)
     input_kept = source is not None and source in sources
     sources.add(source)
-    matrix = matrix_of(linear)
-    dtype = weight_dtype or matrix.dtype
-    return DenseLayer(*matrix.shape, linear.bias is not None, dtype, rows, input_kept)
+    quantised_bytes = stored_bytes(linear) if is_quantised(linear) else None
+    return DenseLayer(*form_of(linear).shape, linear.bias is not None, dtype, rows, input_kept, quantised_bytes)
 
 
 def untouched_bytes(
@@ -157,17 +165,19 @@ def untouched_bytes(
     Args:
         components: name -> model; a shared tensor counts once.
         targets: the target layers.
-        weight_dtype: compute dtype of training; None: the current dtype of each tensor.
+        weight_dtype: compute dtype of training; None: the current dtype of each tensor. Quantised weights keep theirs.
         trained: names of tensors that are trained directly, in float32, with gradient and optimizer state. The others are frozen.
         optimizer: a key of `OPTIMIZERS`.
     """
     counted = {id(tensor) for layer in targets for tensor in layer.parameters()}
+    modules = (module for model in components.values() for module in model.modules())
+    quantised = {id(module.weight): stored_bytes(module) for module in modules if is_quantised(module)}
     sizes = {}
     for component, model in components.items():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if id(tensor) not in counted:
                 dtype = weight_dtype if weight_dtype and tensor.is_floating_point() else tensor.dtype
-                size = tensor.numel() * dtype.itemsize
+                size = quantised.get(id(tensor), tensor.numel() * dtype.itemsize)
                 if f"{component}.{name}" in trained:
                     size = 2 * tensor.numel() * FLOAT32 + OPTIMIZERS[optimizer](*tensor.shape)
                 sizes[f"{component}.{name}"] = size

@@ -50,6 +50,7 @@ class DenseLayer:
         dtype: compute dtype.
         rows: rows of input in one step; 0 if unknown or if the layer does not run.
         input_kept: an earlier target layer already keeps the same input tensor.
+        quantised_bytes: bytes of the weight as it is stored if it is quantised; None: it is stored in the compute dtype.
     """
 
     out_features: int
@@ -58,6 +59,7 @@ class DenseLayer:
     dtype: torch.dtype
     rows: int = 0
     input_kept: bool = False
+    quantised_bytes: int | None = None
 
     @property
     def bias_size(self) -> int:
@@ -65,8 +67,9 @@ class DenseLayer:
         return self.out_features if self.bias else 0
 
     def dense_bytes(self) -> int:
-        """Bytes of weight and bias in the compute dtype."""
-        return (self.out_features * self.in_features + self.bias_size) * self.dtype.itemsize
+        """Bytes of the frozen layer: of its weight as it is stored, and of its bias in the compute dtype."""
+        weight = self.out_features * self.in_features * self.dtype.itemsize
+        return (weight if self.quantised_bytes is None else self.quantised_bytes) + self.bias_size * self.dtype.itemsize
 
 
 def adamw_bytes(*shape: int) -> int:

@@ -2,6 +2,8 @@
 
 import torch
 
+from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.layers.kinds import is_quantised
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.methods.base import Method
 from cersa_diffusion.pipelines.open import load_base
@@ -16,13 +18,19 @@ class FullMethod(Method):
 
     def prepare(self, component, model, device=None, dtype=None):
         targets = self.targets[component]
+        trained = dict(model.named_modules()) if targets is None else match_targets(model, targets)
+        quantised = next((name for name, layer in trained.items() if is_quantised(layer)), None)
+        if quantised:
+            raise ConfigError(
+                f"layer {quantised} of {component} is quantised, and full fine-tuning cannot train it: load the base without "
+                "quantisation, or train with method cersa or lora"
+            )
         if targets is None:
             model.requires_grad_(True)
             return f"all parameters: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M trained"
-        layers = match_targets(model, targets)
         model.requires_grad_(False)
-        trained = sum(layer.weight.requires_grad_(True).numel() for layer in layers.values())
-        return f"{len(layers)} layers, dense weights: {trained / 1e6:.2f} M trained"
+        numbers = sum(layer.weight.requires_grad_(True).numel() for layer in trained.values())
+        return f"{len(trained)} layers, dense weights: {numbers / 1e6:.2f} M trained"
 
     def save(self, components, folder, origin, training):
         pipeline = load_base(origin.name_or_path, revision=origin.revision, variant=origin.variant)

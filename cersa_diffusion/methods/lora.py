@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cersa_diffusion.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from cersa_diffusion.files import safetensors_bytes
+from cersa_diffusion.layers.kinds import form_of, is_quantised
 from cersa_diffusion.layers.model import match_targets
 from cersa_diffusion.methods.base import BASE_LINE, Method, head_state
 from cersa_diffusion.methods.lora_files import LORA_FILE_NAME, add_lora, load_lora, save_lora
@@ -128,7 +129,13 @@ class PissaMethod(LoraMethod):
         self._initial: dict[str, dict[str, Tensor]] = {}
 
     def _check_layers(self, layers):
-        name, smallest = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda item: item[1])
+        quantised = next((name for name, layer in layers.items() if is_quantised(layer)), None)
+        if quantised:
+            raise ConfigError(
+                f"layer {quantised} is quantised, and PiSSA would change its weight: load the base without quantisation, or "
+                "train with method cersa or lora"
+            )
+        name, smallest = min(((name, min(form_of(layer).shape)) for name, layer in layers.items()), key=lambda item: item[1])
         if smallest < self.settings.rank:
             raise ConfigError(
                 f"rank is {self.settings.rank}, but layer {name} has only {smallest} components for the start of PiSSA: "

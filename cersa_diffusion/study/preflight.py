@@ -87,7 +87,7 @@ def _lora_bytes(components: Mapping[str, nn.Module], config: DreamBoothConfig) -
         for name, layer in match_targets(model, targets[component]).items()
     }
     dtype, optimizer = PRECISIONS[config.mixed_precision], optimizer_name(config)
-    layers = dense_layers(linears, dtype, None).values()
+    layers = dense_layers(components, linears, dtype, None).values()
     frozen = sum(untouched_bytes(components, list(linears.values()), dtype).values())
     return lambda rank: frozen + sum(lora_memory(layer, rank, optimizer).total for layer in layers)
 

@@ -185,7 +185,7 @@ def test_kept_residual_makes_the_untrained_layer_the_dense_one(dtype, limit):
     torch.manual_seed(0)
     linear = nn.Linear(30, 20).to(DEVICE, dtype).requires_grad_(False)
     factors = leading_factors(linear.weight, lambda s: 6, None)
-    layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), keep_residual=True)
+    layer = build_layer(linear, factors, 6, FinestWeight(linear.weight), dtype=dtype, keep_residual=True)
     assert relative_error(layer.effective_weight().float(), linear.weight.float()) < limit
     x = randn(9, 30, dtype=dtype)
     assert relative_error(layer(x).float(), linear(x).float()) < limit

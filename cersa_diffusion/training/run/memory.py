@@ -50,7 +50,7 @@ def planned_memory(
         for component, model in components.items()
         for name, layer in match_targets(model, method.targets[component]).items()
     }
-    layers = dense_layers(target_layers, dtype, tokens).values()
+    layers = dense_layers(components, target_layers, dtype, tokens).values()
     targets = list(target_layers.values())
     # Bytes of the weights outside the target layers: full fine-tuning keeps them in float32.
     lora_rest, full_rest = (sum(untouched_bytes(components, targets, kept).values()) for kept in (dtype, torch.float32))
