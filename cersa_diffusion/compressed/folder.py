@@ -27,8 +27,8 @@ WEIGHTS_NAME = "cersa_model.safetensors"
 DESCRIPTION_NAME = "cersa_compression.json"
 PIPELINE_INDEX = "model_index.json"
 FORMAT_VERSION = 1
-# Names in a CERSA layer, and what the file calls them.
-_NAMES_IN_FILE = {"up.weight": "U", "s": "s", "down.weight": "Vh", "up.bias": "bias"}
+# Names in a CERSA layer that the file calls otherwise.
+_NAMES_IN_FILE = {"up.weight": "U", "down.weight": "Vh", "up.bias": "bias"}
 _LIBRARIES = ("diffusers", "transformers")
 
 
