@@ -156,22 +156,21 @@ def test_the_plan_counts_quantised_weights_as_they_are_stored(name, tmp_path):
         assert row.memory["cersa"].frozen == 4 * (m + n + 1) * RANK + bias
         assert row.memory["full"].trained == 4 * m * n
         weight = sum(tensor.nbytes for tensor in WAYS[name].state(layer))
-        # Some ways store a few numbers more (torchao its zero points).
-        assert weight + bias <= row.memory["lora"].frozen <= weight + bias + 8 * m
+        assert row.memory["lora"].frozen == weight + bias
     targets = {row.name.removeprefix("model.") for row in plan.layers}
     others = sum(sum(tensor.nbytes for tensor in WAYS[name].state(layer)) for key, layer in layers.items() if key not in targets)
     dense = sum(parameter.numel() for key, parameter in model.named_parameters() if key.removesuffix(".weight") not in layers)
     targets_biases = sum(layers[key].bias.numel() for key in targets if layers[key].bias is not None)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     rest = others + 4 * (dense - targets_biases) + buffers
-    assert rest <= plan.untouched["lora"] <= rest + sum(8 * layer.out_features for layer in layers.values())
+    assert plan.untouched["lora"] == rest
 
 
 @pytest.mark.parametrize("name", EACH_LIBRARY)
 def test_a_damaged_weight_is_named(name, tmp_path):
     model = quantised_model(name, tmp_path)
     layer_name, layer = list(linear_layers(model).items())[3]
-    scales = WAYS[name].state(layer)[1 if len(WAYS[name].state(layer)) > 1 else 0]
+    *_, scales = WAYS[name].state(layer)[:2]
     if name.startswith("gguf"):
         scales.view(torch.float16)[0, 0] = torch.nan  # a block begins with its scale
     elif name.endswith("nf4"):
@@ -210,6 +209,8 @@ def test_weights_that_a_forward_pass_has_packed_for_the_cpu():
     functional = pytest.importorskip("bitsandbytes.functional")
     from bitsandbytes.nn import Linear4bit
 
+    if not hasattr(functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this bitsandbytes packs no weights")
     model = nn.Sequential(Linear4bit(64, 32)).to("cpu")
     weight = model[0].weight
     weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
