@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.layers.kinds import is_quantised
 from cersa_diffusion.pictures import picture_paths
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training.callbacks import ProgressBar, TrainingCallback
@@ -92,6 +94,16 @@ def _train_and_finish(
     return result if accelerator.is_main_process else None
 
 
+def _refuse_quantised(base: DiffusionPipeline) -> None:
+    """Raises ConfigError for a base with quantised layers: their libraries do not let a model be cast to the compute dtype."""
+    for component, model in base.components.items():
+        if isinstance(model, nn.Module) and any(map(is_quantised, model.modules())):
+            raise ConfigError(
+                f"the {component} of the base was saved quantised, and this trainer casts its models: train on the base before "
+                "quantisation, or inject into the quantised model with inject_cersa in a program of your own"
+            )
+
+
 def _train(
     config: DreamBoothConfig,
     accelerator: Accelerator,
@@ -104,6 +116,7 @@ def _train(
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
+    _refuse_quantised(base)
     classes = _class_pictures(config, base, accelerator)
 
     run = DreamBoothRun(config, base, accelerator, instance, classes)
