@@ -123,6 +123,12 @@ def _torchao(config_name: str) -> Callable[[Path, torch.dtype], nn.Module]:
     return load
 
 
+def _plain_tensors(tensor: Tensor) -> list[Tensor]:
+    if type(tensor) in (Tensor, nn.Parameter):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_tensors(getattr(tensor, name))]
+
+
 def _bitsandbytes_4bit(**settings) -> Way:
     load = _bitsandbytes(load_in_4bit=True, **settings)
     return Way("bitsandbytes", load, _dequantised_4bit, _state_4bit, text_encoder)
@@ -137,7 +143,7 @@ def _of_torchao(config_name: str) -> Way:
         "torchao",
         _torchao(config_name),
         lambda layer: layer.weight.detach().dequantize(),
-        lambda layer: [getattr(layer.weight, name) for name in ("qdata", "scale")],
+        lambda layer: _plain_tensors(layer.weight),
         unet,
     )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from cersa_diffusion.errors import ConfigError
 from cersa_diffusion.layers.fused import FusedFactors
 from cersa_diffusion.layers.kinds import as_dense
 from cersa_diffusion.layers.linear import CersaLinear
@@ -41,13 +42,19 @@ def dense_layers(
 def save_dense(model_class: type) -> None:
     """Makes `save_pretrained` of a model class (of diffusers or transformers) write dense weights.
 
-    They are the effective weights: the active adapters at their strengths.
+    They are the effective weights: the active adapters at their strengths. A model that was loaded quantised is refused: it would
+    be loaded quantised again, with other outputs or not at all.
     """
     original = model_class.save_pretrained
 
     @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
         layers = {name: module for name, module in self.named_modules() if isinstance(module, CersaLinear | FusedFactors)}
+        if layers and getattr(self, "hf_quantizer", None) is not None:
+            raise ConfigError(
+                f"{type(self).__name__} was loaded quantised, so that its CERSA layers cannot be saved as dense weights: save "
+                "the adapter instead (save_cersa_weights, save_adapter)"
+            )
         with dense_layers(self, layers, lambda _name, layer: layer.effective_weight().cpu()):
             return original(self, *args, **kwargs)
 

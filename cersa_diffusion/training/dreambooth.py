@@ -11,8 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from cersa_diffusion.errors import ConfigError
+from cersa_diffusion.layers.kinds import is_quantised
 from cersa_diffusion.pictures import picture_paths
 from cersa_diffusion.pipelines.open import load_base
 from cersa_diffusion.training.callbacks import ProgressBar, TrainingCallback
@@ -94,6 +97,16 @@ def _train_and_finish(
     return result if accelerator.is_main_process else None
 
 
+def _refuse_quantised(base: DiffusionPipeline) -> None:
+    """Raises ConfigError for a base with quantised layers: their libraries do not let a model be cast to the compute dtype."""
+    for component, model in base.components.items():
+        if isinstance(model, nn.Module) and any(map(is_quantised, model.modules())):
+            raise ConfigError(
+                f"the {component} of the base was saved quantised, and this trainer casts its models: train on the base before "
+                "quantisation, or inject into the quantised model with inject_cersa in a program of your own"
+            )
+
+
 def _train(
     config: DreamBoothConfig,
     accelerator: Accelerator,
@@ -110,6 +123,7 @@ def _train(
     # Loading is a part of preparing.
     peaks = PeakMemory(accelerator.device)
     base = load_base(config.pretrained_model_name_or_path, family=config.family, revision=config.revision, variant=config.variant)
+    _refuse_quantised(base)
     run = DreamBoothRun(config, base, accelerator, instance, classes, peaks)
     if accelerator.is_main_process:
         check_disk_space(run, output_dir)
