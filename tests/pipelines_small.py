@@ -168,12 +168,16 @@ def cersa_modules(pipe) -> list[cersa.CersaLinear]:
 
 
 def write_adapter(family: str, folder: Path, *, seed: int = 0, components=None, alpha: float = 0.9, **settings) -> Path:
-    """The file of an adapter for a small pipeline, with random cores (an untrained one is zero and hides mistakes)."""
+    """The file of an adapter for a small pipeline, with random cores (an untrained one is zero and hides mistakes).
+
+    The ranks are exact: in layers as small as these, rounded ones would hardly differ.
+    """
     pipe = pipeline(family)
     models = adapted_components(pipe, components)
     generator = torch.Generator().manual_seed(seed)
     for name, model in models.items():
-        cersa.inject_cersa(model, cersa.CersaConfig(alpha=alpha, target_modules=TARGETS[name]), show_progress=False)
+        config = cersa.CersaConfig(alpha=alpha, rank_multiple=1, target_modules=TARGETS[name])
+        cersa.inject_cersa(model, config, show_progress=False)
         for core in cersa.trainable_parameters(model):
             core.data.copy_(torch.empty(core.shape).normal_(std=0.4 / len(core) ** 0.5, generator=generator))
     path = folder / "pytorch_cersa_weights.safetensors"

@@ -158,7 +158,7 @@ def plan_memory(
 
     Raises:
         ConfigError: a setting is unknown, `config` has other components than the model, or a target layer has no entry in
-            `tokens` or cannot be decomposed.
+            `tokens` or cannot be decomposed, or a model with `uniform_blocks` does not name its repeated blocks.
         NonFiniteError: NaN or infinity in a weight.
     """
     if lora_rank < 1:

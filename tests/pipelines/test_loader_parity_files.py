@@ -250,7 +250,7 @@ def test_parity_37_hotswap_compiles_nothing_again(adapter_file):
 def test_parity_37_hotswap_pads_smaller_cores_and_refuses_others(adapter_file, tmp_path):
     """Half of the layers and half of the trained rank: what the file does not say is zero."""
     source, pipe = pipeline("sd1"), pipeline("sd1")
-    config = CersaConfig(alpha=0.9, beta=0.6, target_modules=["to_q", "to_k"])
+    config = CersaConfig(alpha=0.9, beta=0.6, rank_multiple=1, target_modules=["to_q", "to_k"])
     cersa.inject_cersa(source.unet, config, show_progress=False)
     for core in cersa.trainable_parameters(source.unet):
         core.data.normal_(std=0.1)
