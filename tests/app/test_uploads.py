@@ -103,7 +103,7 @@ def test_an_adapter_is_a_safetensors_file_or_refused(tmp_path, runs_dir):
         ("a.bin", whole, ".safetensors"),
         ("a.safetensors", whole[:-7], "checksum"),
         ("a.safetensors", b"\x80\x04pickle", "pickle"),
-        ("a.safetensors", whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:], "checksum"),
+        ("a.safetensors", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "checksum"),
     ):
         damaged = tmp_path / name
         damaged.write_bytes(content)
