@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
 
 from cersa_diffusion.families.stable_diffusion import StableDiffusion, token_ids
 
@@ -27,10 +28,27 @@ class StableDiffusionXL(StableDiffusion):
         rows = zip(torch.cat(states, dim=-1).unbind(), output.text_embeds.unbind(), strict=True)
         return [{"states": row, "pooled": pooled} for row, pooled in rows]
 
+    def normalise(self, vae, latents):
+        mean, std = _latent_statistics(vae, latents)
+        return super().normalise(vae, (latents - mean) / std)
+
+    def decode(self, vae, latents):
+        mean, std = _latent_statistics(vae, latents)
+        return super().decode(vae, latents * std + mean * vae.config.scaling_factor)
+
     def predict(self, denoiser, noisy, timesteps, conditions, sizes):
         states = conditions["states"]
         added = {"text_embeds": conditions["pooled"], "time_ids": sizes.to(states)}
         return denoiser(noisy, timesteps, return_dict=False, encoder_hidden_states=states, added_cond_kwargs=added)[0]
+
+
+def _latent_statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, which the VAEs of some derivatives of SDXL name; 0 and 1 for the others."""
+    named = [getattr(vae.config, name, None) for name in ("latents_mean", "latents_std")]
+    if None in named:
+        named = [[0.0] * latents.shape[1], [1.0] * latents.shape[1]]
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in named)
+    return mean, std
 
 
 STABLE_DIFFUSION_XL = StableDiffusionXL()

@@ -13,9 +13,12 @@ from ..pipelines_small import PROMPT, SIZE, pipeline
 PIPELINES = ("sd1", "sd2", "sdxl")
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=[*PIPELINES, "sdxl with statistics of its latents"])
 def case(request) -> tuple[Family, object]:
-    pipe = pipeline(request.param)
+    name, _, statistics = request.param.partition(" ")
+    pipe = pipeline(name)
+    if statistics:
+        pipe.vae.register_to_config(latents_mean=[0.4, -0.2, 0.1, 0.0], latents_std=[1.5, 0.8, 2.0, 1.0])
     pipe.set_progress_bar_config(disable=True)
     return family_of(type(pipe).__name__), pipe
 
