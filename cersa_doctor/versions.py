@@ -35,6 +35,7 @@ EXTRAS = {
     "ray": "comparing methods on several machines",
     "8bit": "the optimizer adamw8bit",
     "prodigy": "the optimizer prodigy",
+    "quantised": "bases whose linear layers are quantised",
     "base": "rebuilding the embedded models",
     "test": "the test suite",
     "browser": "the page's tests in a browser",

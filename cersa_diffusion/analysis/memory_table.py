@@ -106,7 +106,7 @@ def _full_use(components: Mapping[str, nn.Module], optimizer: str) -> MemoryUse:
 def _dense_methods(
     components: Mapping[str, nn.Module], linears: Mapping[str, nn.Module], settings: TableSettings
 ) -> dict[str, MemoryUse]:
-    layers, modules = dense_layers(linears, settings.weight_dtype, None).values(), list(linears.values())
+    layers, modules = dense_layers(components, linears, settings.weight_dtype, None).values(), list(linears.values())
     untouched, untouched_full = (
         sum(untouched_bytes(components, modules, dtype).values()) for dtype in (settings.weight_dtype, torch.float32)
     )

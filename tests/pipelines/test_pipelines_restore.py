@@ -83,8 +83,8 @@ def test_a_second_adapter_that_fails_halfway_leaves_the_first(loaded, adapter_fi
     ("operation", "owner", "name"),
     [
         ("fuse_cersa", CersaLinear, "effective_weight"),
-        ("unload_cersa_weights", cersa_diffusion.inject, "as_dense"),
-        ("delete_cersa_adapters", cersa_diffusion.inject, "as_dense"),
+        ("unload_cersa_weights", cersa_diffusion.inject, "original_layer"),
+        ("delete_cersa_adapters", cersa_diffusion.inject, "original_layer"),
         ("save_pretrained", CersaLinear, "effective_weight"),
     ],
 )
