@@ -77,10 +77,8 @@ class MatrixCore(Core):
 
     def __init__(self, rank: int, offset: int = 0, values: Tensor | None = None):
         super().__init__(rank, offset)
-        self.D = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
-        if values is not None:
-            with torch.no_grad():
-                self.D.copy_(values)
+        start = torch.zeros(rank, rank) if values is None else values.detach().clone()
+        self.D = nn.Parameter(start.to(torch.float32))
 
     def compact(self) -> Tensor:
         return self.D

@@ -66,8 +66,12 @@ class FactoredLinear(nn.Module):
 
 def frozen_linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
     """A linear map with this weight, not copied and without gradient, and with this bias, shared."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+    # Without the initialisation of nn.Linear, which even on the meta device takes longer than all the rest of a CERSA layer.
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
     return linear
 
 
