@@ -1,10 +1,12 @@
-"""Peak memory by phase: what preparing takes is not counted in the steps."""
+"""Peak memory by phase: what preparing takes is not counted in the steps, and each run says how far its plan was off."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
+from cersa_diffusion.training import DreamBoothConfig, train_dreambooth
 from cersa_diffusion.training.run.peaks import DRAWING, PREPARING, TRAINING, PeakMemory
 
 from ..conftest import DEVICE
@@ -38,3 +40,14 @@ def test_a_phase_that_raises_ends():
     with pytest.raises(ValueError), peaks.during(DRAWING):
         raise ValueError
     assert peaks.phase == PREPARING and peaks.of(DRAWING) > 0
+
+
+def test_a_run_says_how_far_its_plan_was_off(small_settings):
+    config = DreamBoothConfig(**small_settings)
+    result = train_dreambooth(config, callbacks=[])
+    planned = result.planned_preparing_bytes, result.planned_peak_bytes
+    assert min(planned) > 0 and result.planned_peak_bytes > result.weight_bytes + result.optimizer_bytes
+    measured = dataclasses.replace(result, peak_memory_bytes=2000 * MIB, planned_peak_bytes=2100 * MIB)
+    assert "steps 2000 MiB (planned 2100, +5%)" in measured.summary(config)
+    too_low = dataclasses.replace(measured, planned_peak_bytes=1700 * MIB)
+    assert "steps 2000 MiB (planned 1700, -15%: please report it)" in too_low.summary(config)
