@@ -58,6 +58,7 @@ def test_everything_is_told_in_order(settings):
         "end",
     ]  # fmt: skip
     assert recorder.result == result and recorder.progress.loss == pytest.approx(result.loss)
+    assert any("peak memory of preparing: " in line and "planned" in line for line in recorder.start.description)
     assert recorder.progress.pictures_per_second > 0 and recorder.progress.peak_memory > 1e8
     assert recorder.start.total_steps == 4 and recorder.start.expected_seconds > 0
     assert list(recorder.start.plan) == ["cersa", "lora r=32", "full"]

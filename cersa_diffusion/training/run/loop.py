@@ -33,7 +33,7 @@ from cersa_diffusion.training.run.optimizers import make_average, make_optimizer
 from cersa_diffusion.training.run.peaks import DRAWING, PREPARING, TRAINING, PeakMemory
 from cersa_diffusion.training.run.preparation import Preparation
 from cersa_diffusion.training.run.rates import keep_rates
-from cersa_diffusion.training.run.result import TrainResult, size_on_disk
+from cersa_diffusion.training.run.result import TrainResult, beside_plan, size_on_disk
 from cersa_diffusion.training.settings.config import DreamBoothConfig
 
 # Settings that the header of the result records.
@@ -233,6 +233,9 @@ class DreamBoothRun:
 
     def _report_start(self, step: int) -> None:
         seconds = self._seconds_per_batch() * self.config.gradient_accumulation_steps * (self.total_steps - step)
+        if self.accelerator.is_main_process:
+            planned = self.peaks.at_start + self.preparation.planned_preparing
+            self.description.append(f"peak memory of preparing: {beside_plan(self.peaks.of(PREPARING), planned)}")
         pictures = self.samples_per_step * self.pictures_per_sample
         epochs = self.total_steps * self.samples_per_step / len(self.instance) / self.config.repeats
         resumed = f", resumed after step {step}" if step else ""

@@ -29,8 +29,13 @@ def size_on_disk(weights_path: Path, components: Sequence[str]) -> int:
     return sum(file.stat().st_size for name in components for file in (weights_path / name).glob("*.safetensors"))
 
 
-def _beside_plan(measured: int, planned: int | None) -> str:
-    """A measured peak and, if it was planned, by how much the plan was off."""
+def beside_plan(measured: int, planned: int | None) -> str:
+    """A measured peak in MiB and, if it was planned, by how much the plan was off.
+
+    Args:
+        measured: bytes.
+        planned: bytes, or None.
+    """
     text = f"{measured / 2**20:.0f} MiB"
     if planned is None:
         return text
@@ -130,7 +135,7 @@ class TrainResult:
             "steps": (self.peak_memory_bytes, self.planned_peak_bytes),
             "previews": (self.drawing_peak_bytes, None),
         }
-        shown = ", ".join(f"{phase} {_beside_plan(*sizes)}" for phase, sizes in peaks.items() if sizes[0])
+        shown = ", ".join(f"{phase} {beside_plan(*sizes)}" for phase, sizes in peaks.items() if sizes[0])
         loss = "" if self.loss is None else f", loss {self.loss:.4f} (mean over the last tenth of the steps)"
         return f"""
 {self.method}: {self.steps} steps in {self.seconds:.0f} s{loss}
